@@ -1,0 +1,101 @@
+"""Configuration keys: what is refused, in which words, and that nothing is lost on the way through YAML."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.errors import MissingInput, Problems, UsageError
+from training.settings import BY_NAME, KEYS, Config, parse_assignment, problems_in, read_yaml
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def test_an_empty_configuration_is_all_defaults():
+    config = Config({})
+    assert len(config) == len(KEYS)
+    assert all(config[key.name] == key.default for key in KEYS)
+
+
+def test_every_default_is_within_its_own_limits():
+    assert problems_in({key.name: key.default for key in KEYS}) == []
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_key():
+    with pytest.raises(Problems) as caught:
+        Config({"training.epoch": 2, "lora.rank": 0, "training.schedule": "step",
+                "training.clip_norm": "much"})
+    assert str(caught.value).splitlines() == [
+        "Unknown configuration key training.epoch. Nearest: training.epochs.",
+        "lora.rank is 0; the least is 1.",
+        "training.schedule is 'step'; it must be one of cosine, linear, constant, one_cycle.",
+        "training.clip_norm is 'much'; it must be a number.",
+    ]
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"model.quantization": "nf4"}, "set lora.enabled=true"),
+    ({"dataset.context_tokens": 256, "dataset.target_tokens": 512}, "a window holds dataset.context_tokens"),
+    ({"deepspeed.offload_parameters": True, "deepspeed.stage": 2}, "needs deepspeed.stage=3; it is 2"),
+    ({"device.count": 2}, "set deepspeed.stage=2"),
+    ({"stream.chunk_tokens": 4096}, "this version has no streamed step"),
+    ({"training.learning_rate": float("nan")}, "it must be a finite number"),
+])
+def test_values_that_cannot_be_honoured_are_refused(values, words):
+    with pytest.raises(UsageError, match=words.replace("(", r"\(")):
+        Config(values)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("- a\n- b\n", "holds a list"),
+    ("training: {epochs: 2\n", "is not valid YAML"),
+    ("a: &x [1]\nb: *x\n", "aliases"),
+    ("training: {epochs: 1, epochs: 2}\n", "epochs is given twice"),
+    ("training:\n  epochs: 1\ntraining.epochs: 2\n", "training.epochs is given twice"),
+    ("x: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),
+    ("[" * 5000, "nested too deep|not valid YAML"),
+    (b"\xff\xfe\x00", "not UTF-8"),
+    ("1: 2\n", "is not text"),
+])
+def test_a_file_that_is_no_configuration_gets_one_line(tmp_path, text, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        read_yaml(write(tmp_path, text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_missing_input(tmp_path):
+    with pytest.raises(MissingInput, match="No such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_sections_and_dotted_names_mean_the_same(tmp_path):
+    nested = read_yaml(write(tmp_path, "training:\n  epochs: 2\n  learning_rate: 1e-4\n"))
+    dotted = read_yaml(write(tmp_path, "training.epochs: 2\ntraining.learning_rate: 1e-4\n"))
+    assert nested == dotted == {"training.epochs": 2, "training.learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("training.epochs=2", 2), ("training.learning_rate=3e-5", 3e-5), ("model.revision=12", "12"),
+    ("lora.enabled=true", True), ("lora.targets=[q_proj]", ["q_proj"]), ("training.epochs=two", "two"),
+])
+def test_set_reads_typed_values(text, value):
+    assert parse_assignment(text)[1] == value
+
+
+def test_set_without_a_value_shows_an_example():
+    with pytest.raises(UsageError, match=r"--set training\.epochs=2"):
+        parse_assignment("training.epochs")
+
+
+@given(st.dictionaries(st.sampled_from(sorted(BY_NAME)), st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers()))))
+def test_any_values_are_either_a_complete_configuration_or_a_usage_error(values):
+    try:
+        known = set(Config(values))
+    except (UsageError, Problems) as error:
+        known = set(BY_NAME) if error.exit_code == 2 else set()
+    assert known == set(BY_NAME)

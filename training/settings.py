@@ -1,0 +1,295 @@
+"""Every configuration key: its type, limits and meaning. `config.yaml`, `--set` and the docs use these names.
+
+A configuration is a flat mapping of dotted names (`training.epochs`) in memory and nested by section in YAML.
+All checks report every problem at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.errors import EliteError, MissingInput, UsageError, raise_all
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One configuration key. `low` and `high` are inclusive; `choices` lists the only values allowed."""
+
+    name: str
+    kind: type[Any]
+    default: Any
+    about: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+def _key(name: str, default: Any, about: str, low: float | None = None, high: float | None = None,
+         choices: tuple[str, ...] = ()) -> Key:
+    return Key(name=name, kind=type(default), default=default, about=about, low=low, high=high,
+               choices=choices)
+
+
+KEYS: tuple[Key, ...] = (
+    _key("run.name", "", "Name of the model and of its run directory."),
+    _key("run.seed", 1234, "Seed of every random choice.", 0, 2**31 - 1),
+    _key("model.base", "embedded", "Hub id, local folder, or `embedded`."),
+    _key("model.revision", "", "Commit of the hub repository; empty takes the newest."),
+    _key("model.context_native", 4096, "Context the base was trained for, tokens.", 1),
+    _key("model.rope_factor", 1.0, "YaRN factor on the rotary embedding; 1 leaves it as it is.", 1.0),
+    _key("model.quantization", "none", "Storage of the frozen weights.", choices=("none", "nf4")),
+    _key("model.double_quant", True, "Quantize the NF4 block constants too (0.37 bits a parameter less)."),
+    _key("model.dtype", "float32", "Type of the computation.", choices=("float32", "bfloat16", "float16")),
+    _key("model.attention", "sdpa", "Attention kernel.", choices=("sdpa", "flash_attention_2", "eager")),
+    _key("embedded.vocab_tokens", 4096, "Vocabulary of the embedded model's BPE, tokens.", 300, 65536),
+    _key("embedded.hidden", 256, "Width of the embedded model.", 32, 4096),
+    _key("embedded.layers", 4, "Layers of the embedded model.", 1, 64),
+    _key("embedded.heads", 4, "Attention heads of the embedded model.", 1, 64),
+    _key("embedded.kv_heads", 4, "Key/value heads of the embedded model.", 1, 64),
+    _key("embedded.mlp", 704, "Width of the embedded model's MLP.", 32, 16384),
+    _key("lora.enabled", False, "Train a LoRA adapter on a frozen base; false trains every weight."),
+    _key("lora.rank", 16, "LoRA rank.", 1, 1024),
+    _key("lora.alpha", 32, "LoRA scale; the update is multiplied by alpha / rank.", 1, 4096),
+    _key("lora.dropout", 0.0, "Dropout on the adapter's input.", 0.0, 0.9),
+    _key("lora.targets", [], "Names of the linear layers that get an adapter; empty takes the registry's."),
+    _key("dataset.repo", "", "Folder or git URL the windows come from."),
+    _key("dataset.context_tokens", 4096, "Length of a window, context and target together, tokens.", 1),
+    _key("dataset.target_tokens", 512, "Tokens at the end of a window that are trained on.", 1),
+    _key("dataset.held_out_share", 0.05, "Share of the files kept for evaluation.", 0.001, 0.5),
+    _key("dataset.fim_share", 0.5, "Share of targets made fill-in-the-middle, if the base can.", 0.0, 1.0),
+    _key("dataset.max_file_bytes", 1 << 20, "Larger files are left out, bytes.", 1),
+    _key("training.epochs", 3, "Passes over the training windows.", 1, 1000),
+    _key("training.max_steps", 0, "Ends the run at this step; 0: by epochs.", 0),
+    _key("training.budget_s", 0.0, "Seconds of training steps granted; the number of steps is fitted to the "
+         "measured speed of the first ones. 0: no limit.", 0.0),
+    _key("training.micro_batch", 1, "Windows a device computes at once.", 1, 4096),
+    _key("training.accumulation", 8, "Micro-batches summed before an update.", 1, 4096),
+    _key("training.learning_rate", 2e-4, "Highest learning rate.", 1e-8, 1.0),
+    _key("training.schedule", "cosine", "Course of the learning rate.",
+         choices=("cosine", "linear", "constant", "one_cycle")),
+    _key("training.warmup_share", 0.03, "Share of the steps with a rising learning rate.", 0.0, 0.5),
+    _key("training.min_lr_share", 0.1, "Last learning rate as a share of the highest.", 0.0, 1.0),
+    _key("training.weight_decay", 0.01, "AdamW's weight decay on matrices.", 0.0, 1.0),
+    _key("training.clip_norm", 1.0, "Gradients are scaled down to this norm; 0: never.", 0.0),
+    _key("training.checkpointing", True, "Recompute activations in the backward pass."),
+    _key("training.loss_chunk_tokens", 1024, "Tokens whose logits exist at once in the loss; 0: all.", 0),
+    _key("training.eval_steps", 0, "Evaluate every so many steps; 0: before and after only.", 0),
+    _key("training.save_steps", 100, "Checkpoint every so many steps; 0: at the end and when stopped.", 0),
+    _key("training.keep_checkpoints", 2, "Newest checkpoints kept.", 1, 1000),
+    _key("optimizer.name", "adamw", "Optimizer.", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")),
+    _key("optimizer.beta1", 0.9, "Decay of the first moment.", 0.0, 0.9999),
+    _key("optimizer.beta2", 0.95, "Decay of the second moment.", 0.0, 0.99999),
+    _key("optimizer.eps", 1e-8, "Added to the root of the second moment.", 0.0, 1.0),
+    _key("deepspeed.stage", 0, "ZeRO stage; 0: plain Python without DeepSpeed.", 0, 3),
+    _key("deepspeed.offload_optimizer", False, "Keep the optimizer's state in host memory."),
+    _key("deepspeed.offload_parameters", False, "Keep parameters in host memory (stage 3)."),
+    _key("device.kind", "cpu", "Where the model is trained.", choices=("cpu", "cuda")),
+    _key("device.count", 1, "Devices, one process each.", 1, 1024),
+    _key("device.threads", 0, "CPU threads of a process; 0: the machine's cores shared out.", 0, 4096),
+    _key("evaluation.windows", 32, "Held-out windows an evaluation reads.", 1),
+    _key("evaluation.completions", 8, "Held-out spans completed before and after training.", 0, 10000),
+    _key("evaluation.completion_tokens", 48, "Longest completion, tokens.", 1, 4096),
+    _key("stream.chunk_tokens", 0, "Chunk of the streamed step, tokens; 0: the plain step.", 0),
+)
+BY_NAME = {key.name: key for key in KEYS}
+SECTIONS = tuple(dict.fromkeys(key.name.split(".")[0] for key in KEYS))
+
+
+class Config(Mapping[str, Any]):
+    """A complete, checked configuration: every key of `KEYS` by its dotted name, read-only."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        """Defaults filled in. Raises UsageError or Problems for unknown keys and values out of range."""
+        raise_all(problems_in(values))
+        self._values = {key.name: _coerce(key, values.get(key.name, key.default)) for key in KEYS}
+        raise_all(contradictions(self._values))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def nearest(word: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
+    """` Nearest: X.` for the known word most like this one, or nothing.
+
+    >>> nearest("training.epoch", BY_NAME)
+    ' Nearest: training.epochs.'
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Nearest: {close[0]}." if close else ""
+
+
+def problems_in(values: Mapping[str, Any], where: str = "") -> list[EliteError]:
+    """Every unknown key and every value of the wrong type or out of range. `where` names the source."""
+    source = f"{where}: " if where else ""
+    found: list[EliteError] = []
+    for name, value in values.items():
+        key = BY_NAME.get(name)
+        if key is None:
+            near = nearest(str(name), BY_NAME)
+            found.append(UsageError(f"{source}Unknown configuration key {name}.{near}"))
+        elif complaint := _complaint(key, value):
+            found.append(UsageError(f"{source}{name} is {value!r}; {complaint}."))
+    return found
+
+
+def _complaint(key: Key, value: Any) -> str:
+    if isinstance(value, bool) != (key.kind is bool) or not isinstance(value, _accepted(key.kind)):
+        return f"it must be {_KIND_WORDS[key.kind]}"
+    if key.kind is list and not all(isinstance(item, str) for item in value):
+        return "it must be a list of words"
+    if key.choices and value not in key.choices:
+        return f"it must be one of {', '.join(key.choices)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it must be a finite number"
+    if key.low is not None and value < key.low:
+        return f"the least is {key.low:g}"
+    if key.high is not None and value > key.high:
+        return f"the most is {key.high:g}"
+    return ""
+
+
+_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+               list: "a list of words"}
+
+
+def _accepted(kind: type[Any]) -> tuple[type[Any], ...]:
+    return (int, float) if kind is float else (list, tuple) if kind is list else (kind,)
+
+
+def _coerce(key: Key, value: Any) -> Any:
+    return float(value) if key.kind is float else list(value) if key.kind is list else value
+
+
+def contradictions(values: Mapping[str, Any]) -> list[EliteError]:
+    """Values that cannot be honoured together, each with the key to change."""
+    return [UsageError(message.format(**{name.replace(".", "_"): value for name, value in values.items()}))
+            for broken, message in RULES if broken(values)]
+
+
+RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
+    (lambda v: v["dataset.target_tokens"] > v["dataset.context_tokens"],
+     "dataset.target_tokens is {dataset_target_tokens:,} and a window holds dataset.context_tokens = "
+     "{dataset_context_tokens:,}; lower the target."),
+    (lambda v: v["model.quantization"] == "nf4" and not v["lora.enabled"],
+     "model.quantization nf4 freezes the weights, so nothing would be trained; set lora.enabled=true."),
+    (lambda v: v["deepspeed.offload_parameters"] and v["deepspeed.stage"] != 3,
+     "deepspeed.offload_parameters needs deepspeed.stage=3; it is {deepspeed_stage}."),
+    (lambda v: v["deepspeed.offload_optimizer"] and v["deepspeed.stage"] == 0,
+     "deepspeed.offload_optimizer needs deepspeed.stage=1, 2 or 3; it is 0."),
+    (lambda v: v["device.count"] > 1 and v["deepspeed.stage"] == 0,
+     "device.count is {device_count} and plain Python drives one device; set deepspeed.stage=2."),
+    (lambda v: v["embedded.hidden"] % v["embedded.heads"] != 0,
+     "embedded.hidden {embedded_hidden} is no multiple of embedded.heads {embedded_heads}."),
+    (lambda v: v["embedded.heads"] % v["embedded.kv_heads"] != 0,
+     "embedded.heads {embedded_heads} is no multiple of embedded.kv_heads {embedded_kv_heads}."),
+    (lambda v: v["stream.chunk_tokens"] > 0,
+     "stream.chunk_tokens is {stream_chunk_tokens}; this version has no streamed step. Set it to 0."),
+)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`training.epochs=2` as a name and a typed value. Raises UsageError when there is no `=`.
+
+    >>> parse_assignment("training.learning_rate=1e-4")
+    ('training.learning_rate', 0.0001)
+    >>> parse_assignment("lora.targets=[q_proj, v_proj]")
+    ('lora.targets', ['q_proj', 'v_proj'])
+    """
+    name, separator, raw = text.partition("=")
+    if not separator or not name.strip():
+        raise UsageError(f"--set takes KEY=VALUE; got {text!r}. Example: --set training.epochs=2")
+    key = BY_NAME.get(name.strip())
+    if key is not None and key.kind is str:
+        return name.strip(), raw
+    try:
+        return name.strip(), yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError:
+        return name.strip(), raw
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only; a key given twice is an error, and so are aliases (they can grow without bound)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"the key {key!r} on line {key_node.start_mark.line + 1} is not text")
+            if key in mapping:
+                raise yaml.YAMLError(f"{key} is given twice, again on line {key_node.start_mark.line + 1}")
+            mapping[key] = self.construct_object(value_node, deep=True)
+        return mapping
+
+
+# YAML 1.1 reads 1e-4 as text; YAML 1.2 and people read it as a number.
+_EXPONENT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of nested sections or dotted names as a flat mapping; the keys are not checked here.
+
+    Raises MissingInput when it cannot be read, UsageError when it is no YAML mapping.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes > MAX_CONFIG_BYTES:
+            raise UsageError(f"{path} is {size_bytes:,} bytes; a configuration has at most "
+                             f"{MAX_CONFIG_BYTES:,}.")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MissingInput(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    return flatten(_parse(text, path), path)
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} is not valid YAML: {reason}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deep; a configuration has two levels.") from error
+
+
+def flatten(data: Any, path: Path) -> dict[str, Any]:
+    """Nested sections as dotted names. UsageError when the top is no mapping or a name stands twice."""
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds a {type(data).__name__}; a configuration is a mapping such as "
+                         "`training: {epochs: 2}`.")
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        inner = value.items() if name in SECTIONS and isinstance(value, dict) else [(None, value)]
+        for key, item in inner:
+            dotted = f"{name}.{key}" if key is not None else name
+            if dotted in flat:
+                raise UsageError(f"{path}: {dotted} is given twice.")
+            flat[dotted] = item
+    return flat
