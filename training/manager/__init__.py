@@ -1,0 +1,1 @@
+"""Stage 5: checks before the start, the trainer's subprocess, its supervision, and the report."""
