@@ -1,0 +1,1 @@
+"""Stage 1: what this machine can really do."""
