@@ -1,0 +1,30 @@
+# `make test` does everything on a fresh clone: it sets up .venv first, with Python 3.10 or newer and nothing else.
+PYTHON ?= python3
+VENV := .venv/bin/python
+
+.PHONY: help setup test lint types unit real docs
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## make or mend .venv, with the developers' tools
+	@$(PYTHON) -m training.setup_venv --dev
+
+test: setup  ## lint, types, and every test
+	$(VENV) -m ruff check .
+	$(VENV) -m mypy
+	$(VENV) -m pytest --durations=10
+
+lint: setup  ## ruff
+	$(VENV) -m ruff check .
+
+types: setup  ## mypy
+	$(VENV) -m mypy
+
+unit: setup  ## the tests that take milliseconds
+	$(VENV) -m pytest -m "not real"
+
+real: setup  ## the whole command and DeepSpeed's launcher, on real input
+	$(VENV) -m pytest -m real
+
+docs: setup  ## regenerate the generated pages of docs/
+	$(VENV) -m training.documentation

@@ -1,0 +1,168 @@
+"""The generated pages of docs/: settings, the tables in `configs/`, and what the ledger measured.
+
+    python -m training.documentation        writes them; a test compares them with what is committed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from training import configuration, models
+from training.errors import EliteError
+from training.hardware.profiler import from_preset
+from training.ledger import NOTICEABLE, catalogue
+from training.planning import presets, tables
+from training.planning.calculator import OptimalConfigCalculator
+from training.records import GIB, RepositoryFacts, Request
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = ("qwen2.5-coder-0.5b", "phi-2", "qwen2.5-coder-7b", "qwen2.5-coder-14b")
+EXAMPLE = RepositoryFacts(path="example", name="example", files=1000, code_files=1000, code_bytes=10_000_000,
+                          languages={"python": 10_000_000})
+UNITS = {"memory_bytes": "Memory", "tokens_per_s": "Tokens/s", "loss": "Held-out loss"}
+
+
+MODELS = """# Base models
+
+Generated from `configs/models.yaml` by `make docs`. `--base-model` takes a name of this table, any other
+hub id, a local folder, `embedded`, or `auto`, which picks by measured memory and speed and says why.
+
+{table}
+
+Parameters are computed from each model's config and agree with the published counts within 1 %. "Weights
+in NF4" counts the quantized linear layers with their constants, and embeddings and head in 16 bit.
+
+A context beyond the native one is reached with YaRN, and the plan prints the factor and the reason. A model
+without rotary embeddings is refused there.
+
+To add a model, add an entry to `configs/models.yaml` and run `make docs`.
+"""
+
+TIERS = """# Tiers
+
+Generated from `configs/tiers.yaml` and `configs/hardware/` by `make docs`.
+
+{tiers}
+
+The chosen tier is the lowest of what device memory, host memory, disk, hours (`--max-hours`, 48 by default),
+the repository (no window longer than its tokens) and the model allow. Tier 0 is a window shorter than
+tier 1's. Tiers 8-11 need the streamed step, which this version does not have.
+
+## Plans for known machines
+
+Planned for a repository of {megabytes} MB, 48 hours, from datasheet figures: **computed, not measured**.
+`python3 elite_train.py plan --hardware NAME --base-model MODEL` prints one of them in full;
+`python3 elite_train.py --auto --dry-run` measures the machine it runs on instead.
+
+{plans}
+
+To add a tier or a machine, edit `configs/tiers.yaml` or add a file to `configs/hardware/`.
+"""
+
+OPTIMIZATIONS = """# Optimizations
+
+Generated from `configs/optimizations.yaml` and the newest ledger in `benchmarks/results/` by `make docs`.
+
+Exact means: the same gradients up to rounding.
+
+{catalogue}
+
+## Measured
+
+{measured}
+
+`python3 elite_train.py ledger` measures them on your machine; `--only ID` takes one. Both arms share
+repository, windows, seed and steps, and alternate. A difference counts when every pair of runs agrees on its
+direction and its median is above {thresholds}; otherwise the verdict is "no difference".
+"""
+
+
+def models_page() -> str:
+    """docs/models.md: the registry."""
+    rows = [[f"`{row['name']}`", row["hub"], f"{row['parameters'] / 1e9:.2f} B", row["licence"],
+             f"{row['native_context']:,}", "yes" if row["fim"] else "no", f"{row['nf4_bytes'] / GIB:.1f} GiB"]
+            for row in models.rows() if row["name"] != "embedded"]
+    head = ["Name", "Hub id", "Parameters", "Licence", "Native context", "FIM", "Weights in NF4"]
+    return MODELS.format(table=_table(head, rows))
+
+
+def tiers_page() -> str:
+    """docs/tiers.md: the tiers, and what plans for known machines come to."""
+    rows = [[str(row["tier"]), f"{row['context_tokens']:,}", f"{row['target_tokens']:,}",
+             str(row["lora_rank"]), f"{row['min_vram_gib']} GB", ", ".join(row["needs"]) or "-",
+             "yes" if row["offered"] else "no"] for row in tables.tier_rows()]
+    head = ["Tier", "Context", "Target", "LoRA rank", "Meant for", "Needs", "In this version"]
+    plans = _table(["Machine", *[f"`{name}`" for name in SHOWN]], _plans())
+    return TIERS.format(tiers=_table(head, rows), plans=plans, megabytes=EXAMPLE.code_bytes // 10**6)
+
+
+def _plans() -> list[list[str]]:
+    rows = []
+    for preset in (row["preset"] for row in tables.preset_rows()):
+        calculator = OptimalConfigCalculator(from_preset(presets.load(preset)))
+        rows.append([f"`{preset}`", *[_planned(calculator, name) for name in SHOWN]])
+    return rows
+
+
+def _planned(calculator: OptimalConfigCalculator, model: str) -> str:
+    request = Request(repo="example", output="runs/example", model_name="example", base_model=model)
+    try:
+        plan = calculator.calculate(request, models.resolve(model), EXAMPLE)
+    except EliteError:
+        return "does not fit"
+    return f"tier {plan.tier}: {plan.context_tokens:,} tokens, {plan.total_s / 3600:.1f} h"
+
+
+def optimizations_page() -> str:
+    """docs/optimizations.md: the catalogue, and what the newest ledger in benchmarks/results/ measured."""
+    rows = [[item.name, f"`{item.id}`", f"`{item.code}`", item.paper, "yes" if item.exact else "no",
+             item.default] for item in catalogue()]
+    head = ["What", "Id", "Code", "Source", "Exact", "Default"]
+    return OPTIMIZATIONS.format(catalogue=_table(head, rows), measured=_measured(newest_ledger()),
+                                thresholds=_thresholds())
+
+
+def _thresholds() -> str:
+    return ", ".join(f"{share:.1%} ({UNITS[name].lower()})" for name, share in NOTICEABLE.items())
+
+
+def newest_ledger() -> dict[str, Any] | None:
+    """The newest ledger record in benchmarks/results/, or None when none was made."""
+    found = sorted((ROOT / "benchmarks" / "results").glob("ledger-*.json"))
+    return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+
+
+def _measured(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "Not measured; `python3 elite_train.py ledger` measures."
+    rows = [[row["name"], row["verdict"], *[_change(row, name) for name in NOTICEABLE], row["why"] or "-"]
+            for row in record["entries"]]
+    table = _table(["What", "Verdict", *UNITS.values(), "Why not"], rows)
+    return (f"On {record['machine']}, {record['date']}: change with the optimization on against off, median\n"
+            f"of {record['pairs']} pairs of {record['steps']} steps of the embedded model. Nothing has been\n"
+            f"measured on a GPU.\n\n{table}")
+
+
+def _change(row: dict[str, Any], name: str) -> str:
+    return f"{row['change'][name]:+.1%}" if name in row["change"] else "-"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration.reference, "models.md": models_page,
+                                       "tiers.md": tiers_page, "optimizations.md": optimizations_page}
+
+
+def main() -> None:
+    """Write every generated page."""
+    for name, page in PAGES.items():
+        (ROOT / "docs" / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
