@@ -38,6 +38,8 @@ in NF4" counts the quantized linear layers with their constants, and embeddings 
 A context beyond the native one is reached with YaRN, and the plan prints the factor and the reason. A model
 without rotary embeddings is refused there.
 
+The licence column is a summary; the model's own page decides.
+
 To add a model, add an entry to `configs/models.yaml` and run `make docs`.
 """
 

@@ -105,8 +105,23 @@ class RepositoryFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearShape:
+    """One kind of linear layer in a model: `count` modules called `name`, each `inputs` x `outputs` weights."""
+
+    name: str
+    inputs: int
+    outputs: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a decoder, read from its config without weights. `parameters`: count per component."""
+    """The sizes of a decoder, read from its config without weights. `parameters`: count per component.
+
+    `intermediate`: MLP width a token passes through (chosen experts together). `active_parameters`: those that
+    compute for one token. `linears`: without head and experts. `rope_scaled`: its context is stretched already.
+    `note`: what the config left open.
+    """
 
     family: str
     hidden: int
@@ -120,6 +135,10 @@ class ModelShape:
     rope: bool
     tied: bool
     parameters: dict[str, int]
+    active_parameters: int = 0
+    linears: tuple[LinearShape, ...] = ()
+    rope_scaled: bool = False
+    note: str = ""
 
     @property
     def total_parameters(self) -> int:

@@ -1,0 +1,361 @@
+"""Every configuration key as a value, its source and its reason, for one window length on one machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from training.planning.situation import Situation
+from training.planning.tiers import tier_of
+from training.planning.timing import window_s, windows_in
+from training.records import Choice
+from training.settings import KEYS
+
+EMBEDDED_CONTEXT = 512           # beyond 128 tokens a model this small gains nothing (docs/research.md)
+EMBEDDED_MICRO_TOKENS = 2048
+EMBEDDED_STEP_TOKENS = 2048
+EMBEDDED_BUDGET_S = 170.0        # of 300 s: profile 8, dataset 25, imports 10, evaluations 20, reserve
+EMBEDDED_EPOCHS = 8
+EMBEDDED_RATE = 2e-3
+CPU_CONTEXT = 1024
+CPU_BUDGET_S = 1800.0
+CPU_STEPS = 20                   # least updates within the budget of a base on a CPU, where windows allow
+BASE_EPOCHS = 3                  # epochs over a small repository flatten near 4 (docs/research.md)
+BASE_STEP_WINDOWS = 8
+EPOCH_STEPS = 8                  # least updates in an epoch, where the windows allow
+SAVE_EVERY_S = 300
+LOGITS_BYTES = 512 << 20         # of one chunk's logits and their gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The window a plan is made for, and why. `recompute`: activations are computed again in the backward
+    pass."""
+
+    context_tokens: int
+    target_tokens: int
+    rank: int
+    source: str
+    why: str
+    recompute: bool = False
+
+
+class Chooser(Mapping[str, Any]):
+    """Collects choices; a key the user set keeps the user's value. Reads as a mapping of the values so
+    far."""
+
+    def __init__(self, user: Mapping[str, Any]):
+        self.user = user
+        self.choices: dict[str, Choice] = {}
+
+    def put(self, name: str, value: Any, source: str, why: str) -> Any:
+        """Record a choice and return the value that holds."""
+        if name in self.user:
+            self.choices[name] = Choice(self.user[name], "user", "set by the user")
+        else:
+            self.choices[name] = Choice(value, source, why)
+        return self.choices[name].value
+
+    def __getitem__(self, name: str) -> Any:
+        return self.choices[name].value
+
+    def __iter__(self) -> Any:
+        return iter(self.choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+
+def window_of(situation: Situation, context: int, source: str, why: str, recompute: bool = False) -> Window:
+    """The window for a context: the target and rank of its tier; below the table the whole window is
+    target."""
+    number = tier_of(context, situation.tiers)
+    if not number:
+        first = situation.tiers[0]
+        return Window(context_tokens=context, target_tokens=context, rank=first.lora_rank, source=source,
+                      why=why, recompute=recompute)
+    row = situation.tiers[number - 1]
+    return Window(context_tokens=context, target_tokens=row.target_tokens, rank=row.lora_rank, source=source,
+                  why=why, recompute=recompute)
+
+
+def derive(situation: Situation, window: Window) -> dict[str, Choice]:
+    """A choice for every key of settings.KEYS."""
+    chooser = Chooser(situation.user)
+    _device(chooser, situation)
+    _model(chooser, situation, window)
+    _adapter(chooser, situation, window)
+    _dataset(chooser, situation, window)
+    _deepspeed(chooser, situation, window)
+    _memory_savers(chooser, situation, window)
+    _evaluation(chooser, situation)
+    _batch(chooser, situation)
+    _optimizer(chooser, situation)
+    _length(chooser, situation)
+    _rest(chooser, situation)
+    return {key.name: chooser.choices[key.name] for key in KEYS}
+
+
+def _device(chooser: Chooser, situation: Situation) -> None:
+    profile = situation.profile
+    gpus = len(profile.gpus)
+    kind = chooser.put("device.kind", profile.device, "measured",
+                       f"{gpus} x {profile.gpus[0].name}" if gpus else "no GPU was found")
+    chooser.put("device.count", max(1, gpus) if kind == "cuda" else 1, "measured",
+                "one process for each GPU" if kind == "cuda" else "one process uses every core")
+    chooser.put("device.threads", 0, "derived", f"all {profile.cpu_cores} cores, shared out among the "
+                                                "processes")
+
+
+def _model(chooser: Chooser, situation: Situation, window: Window) -> None:
+    base, embedded = situation.base, situation.embedded
+    native = window.context_tokens if embedded else base.shape.native_context
+    user_base = situation.request.base_model not in ("", "auto")
+    chooser.choices["model.base"] = Choice(
+        base.location, "user" if user_base else "measured",
+        f"{base.name}, {base.shape.total_parameters / 1e6:,.1f} M parameters, {base.licence}")
+    chooser.put("model.revision", "", "derived", "the newest in the cache or on the "
+                                                 "hub" if not embedded else "unused")
+    chooser.put("model.context_native", native, "derived",
+                "made for this window" if embedded else "from the base's config.json")
+    factor = window.context_tokens / native
+    rounded = max(1.0, math.ceil(2 * factor) / 2)
+    chooser.put("model.rope_factor", rounded, "derived",
+                f"YaRN: {window.context_tokens:,} tokens are {factor:.3g} times the native {native:,}"
+                if rounded > 1 else f"{window.context_tokens:,} tokens are within the native {native:,}")
+    _precision(chooser, situation)
+
+
+def _precision(chooser: Chooser, situation: Situation) -> None:
+    embedded = situation.embedded
+    chooser.put("model.dtype", *_dtype(situation, chooser["device.kind"]))
+    lora = chooser.put("lora.enabled", not embedded, "derived",
+                       "trained from scratch, so every weight is trained" if embedded else
+                       f"a small adapter on {situation.base.shape.total_parameters / 1e9:.2f} B weights")
+    works, why = situation.works("bitsandbytes_4bit")
+    if embedded or not lora:
+        quantization, source, reason = "none", "derived", "trained weights are not quantized"
+    elif works:
+        quantization, source, reason = "nf4", "measured", "4.127 bits a frozen weight instead of 16 (QLoRA)"
+    else:
+        quantization, source, reason = "none", "measured", f"4-bit layers do not work here: {why}"
+    chooser.put("model.quantization", quantization, source, reason)
+    chooser.put("model.double_quant", True, "derived", "0.37 bits a weight less (arXiv:2305.14314)")
+    flash, why_not = situation.works("flash_attention_2")
+    use_flash = (chooser["device.kind"] == "cuda" and flash and chooser["model.dtype"] != "float32"
+                 and "flash_attention_2" in situation.profile.supports)
+    chooser.put("model.attention", "flash_attention_2" if use_flash else "sdpa", "measured",
+                "the kernel was tried on this GPU" if use_flash else
+                f"PyTorch's fused kernel; FlashAttention-2: {why_not}" if chooser["device.kind"] == "cuda"
+                else "PyTorch's fused CPU kernel, memory linear in the window")
+
+
+def _dtype(situation: Situation, device: str) -> tuple[str, str, str]:
+    profile = situation.profile
+    if device == "cpu":
+        fp32, bf16 = profile.rate("cpu.matmul_fp32"), profile.rate("cpu.matmul_bf16")
+        if fp32 and bf16 and bf16 >= 2 * fp32 and not situation.embedded:
+            return "bfloat16", "measured", f"bf16 multiplies {bf16 / fp32:.1f} times as fast as fp32 here"
+        if fp32 and bf16:
+            return "float32", "measured", (f"fp32 multiplies at {fp32 / 1e9:,.0f} GFLOP/s on this CPU, "
+                                           f"bf16 at {bf16 / 1e9:,.3g}")
+        return "float32", "derived", "the safe type on a CPU; bf16 was not measured"
+    works, why = situation.works("bf16")
+    capability = min((_capability(gpu.capability) for gpu in profile.gpus), default=0.0)
+    if capability >= 8 and works:
+        return "bfloat16", "measured", f"compute capability {capability:g} multiplies bf16 in tensor cores"
+    reason = f"compute capability {capability:g} has no bf16 tensor cores" if capability < 8 else why
+    return "float16", "measured", f"{reason}; fp16 with a scaled loss"
+
+
+def _capability(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _adapter(chooser: Chooser, situation: Situation, window: Window) -> None:
+    lora = chooser["lora.enabled"]
+    rank = chooser.put("lora.rank", window.rank, "preset",
+                       f"configs/tiers.yaml at {window.context_tokens:,} tokens" if lora else "unused: no "
+                                                                                              "adapter")
+    chooser.put("lora.alpha", 2 * rank, "derived", "twice the rank" if lora else "unused: no adapter")
+    chooser.put("lora.dropout", 0.0, "derived",
+                "none, so that recomputed activations equal the first" if lora else "unused: no adapter")
+    chooser.put("lora.targets", list(situation.base.lora_targets) if lora else [], "preset",
+                "every linear layer (arXiv:2305.14314, section 4)" if lora else "unused: no adapter")
+
+
+def _dataset(chooser: Chooser, situation: Situation, window: Window) -> None:
+    base, facts = situation.base, situation.facts
+    chooser.choices["dataset.repo"] = Choice(facts.path, "user", f"{facts.code_files:,} code files, "
+                                             f"about {situation.repository_tokens:,} tokens")
+    chooser.choices["dataset.context_tokens"] = Choice(window.context_tokens, window.source, window.why)
+    packed = window.target_tokens >= window.context_tokens
+    chooser.put("dataset.target_tokens", window.target_tokens, "preset",
+                "files are packed and every token is a target" if packed else
+                f"configs/tiers.yaml; the other {window.context_tokens - window.target_tokens:,} are context")
+    share = min(0.2, max(0.05, 2 / max(1, facts.code_files)))
+    chooser.put("dataset.held_out_share", round(share, 4), "derived",
+                "a twentieth of the files" if share == 0.05 else f"at least two of {facts.code_files} files")
+    fim, why = (0.5, "half of the targets; the base knows these sentinels") if base.fim else (
+        0.0, f"{base.name} knows no fill-in-the-middle sentinels")
+    if situation.embedded:
+        fim, why = 0.0, "the few tokens it sees are spent on left-to-right text"
+    chooser.put("dataset.fim_share", fim, "derived", why)
+    chooser.put("dataset.max_file_bytes", 1 << 20, "preset", "larger source files are nearly always "
+                                                             "generated")
+
+
+def _deepspeed(chooser: Chooser, situation: Situation, window: Window) -> None:
+    stage, why = _stage(chooser, situation, window)
+    stage = chooser.put("deepspeed.stage", stage, "derived", why)
+    offload = stage > 0 and chooser["device.kind"] == "cuda" and situation.works("deepspeed_cpu_adam")[0]
+    chooser.put("deepspeed.offload_optimizer", offload, "derived",
+                "its state is read once an update and leaves device memory to the window" if offload else
+                "plain Python keeps it on the device" if not stage else "DeepSpeed's CPU Adam serves GPUs "
+                                                                        "only here")
+    chooser.put("deepspeed.offload_parameters", False, "derived", "the weights fit the devices")
+
+
+def _stage(chooser: Chooser, situation: Situation, window: Window) -> tuple[int, str]:
+    count, kind = int(chooser["device.count"]), chooser["device.kind"]
+    works, why_not = situation.works("deepspeed")
+    if not works and count == 1:
+        return 0, f"DeepSpeed does not work here ({why_not}); one device needs none"
+    if count > 1:
+        weights = situation.base.shape.total_parameters * 4
+        if kind == "cuda" and not chooser["lora.enabled"] and weights > situation.device_bytes / 2:
+            return 3, f"{count} devices share out the weights, which fill more than half of one"
+        return 2, f"{count} devices share out gradients and optimizer state"
+    if kind == "cpu" or situation.embedded:
+        return 0, "one process on a CPU, or a small model, gains nothing from ZeRO"
+    tier = tier_of(window.context_tokens, situation.tiers)
+    if tier <= 2:
+        return 0, f"one device at tier {tier} needs no DeepSpeed"
+    return 2, f"tier {tier}: optimizer state moves to the host"
+
+
+def _memory_savers(chooser: Chooser, situation: Situation, window: Window) -> None:
+    if situation.device == "cpu" and situation.embedded and not window.recompute:
+        why = "memory suffices, and recomputing would cost a third of the time"
+    else:
+        why = "only each layer's input is kept" if window.recompute else "every layer's activations fit"
+    chooser.put("training.checkpointing", window.recompute, "derived", why)
+    fitting = LOGITS_BYTES // (16 * situation.base.shape.vocab)
+    chunk = max(64, min(1024, 1 << max(0, fitting.bit_length() - 1)))
+    chooser.put("training.loss_chunk_tokens", chunk, "derived",
+                f"logits of {chunk:,} x {situation.base.shape.vocab:,} with their gradients take about "
+                f"{16 * chunk * situation.base.shape.vocab / 2**20:,.0f} MiB")
+    chooser.put("stream.chunk_tokens", 0, "derived", "this version has no streamed step")
+
+
+def _evaluation(chooser: Chooser, situation: Situation) -> None:
+    slow = situation.device == "cpu" and not situation.embedded
+    chooser.put("evaluation.windows", 8 if slow else 32, "derived",
+                "few, since reading is slow here" if slow else "enough for a loss within about 2 %")
+    chooser.put("evaluation.completions", 2 if slow else 8, "derived",
+                "few, since writing is slow here" if slow else "a look at what it writes, not a score")
+    chooser.put("evaluation.completion_tokens", 48, "preset", "about four lines of code")
+
+
+def _batch(chooser: Chooser, situation: Situation) -> None:
+    context, count = int(chooser["dataset.context_tokens"]), int(chooser["device.count"])
+    windows = windows_in(situation.facts.code_bytes, chooser)
+    if situation.embedded:
+        fits = max(1, EMBEDDED_MICRO_TOKENS // context)
+        micro = chooser.put("training.micro_batch", max(1, min(fits, windows // EPOCH_STEPS)), "derived",
+                            f"about {EMBEDDED_MICRO_TOKENS:,} tokens at once; more is no faster on a CPU")
+        wanted, unit = max(1, EMBEDDED_STEP_TOKENS // (micro * context)), f"{EMBEDDED_STEP_TOKENS:,} tokens"
+    else:
+        micro = chooser.put("training.micro_batch", 1, "derived", "long windows fill the device one at a "
+                                                                  "time")
+        wanted, unit = max(1, BASE_STEP_WINDOWS // (micro * count)), f"{BASE_STEP_WINDOWS} windows"
+        if chooser["device.kind"] == "cpu":
+            each_s = window_s(situation.base.shape, chooser, situation.profile) * micro
+            granted_s = min(CPU_BUDGET_S, situation.hours * 3600)
+            wanted = max(1, min(wanted, int(granted_s / CPU_STEPS / each_s) if each_s else wanted))
+    few = windows // (EPOCH_STEPS * micro * count)
+    chooser.put("training.accumulation", max(1, min(wanted, few)), "derived",
+                f"an update of about {unit}" if few >= wanted else
+                f"{windows:,} windows, so that an epoch still has {EPOCH_STEPS} updates")
+
+
+def _optimizer(chooser: Chooser, situation: Situation) -> None:
+    embedded, lora = situation.embedded, chooser["lora.enabled"]
+    large = situation.base.shape.total_parameters > 20e9
+    rate, why = (1e-4 if large else 2e-4, "QLoRA's rate for this size (arXiv:2305.14314, table 9)")
+    if embedded:
+        rate, why = EMBEDDED_RATE, "1.5e-3 and 3e-3 gave one held-out loss after 0.26 M tokens, 6e-3 more"
+    elif not lora:
+        rate, why = 2e-5, "a tenth of LoRA's: every weight moves"
+    chooser.put("training.learning_rate", rate, "preset", why)
+    chooser.put("training.schedule", "cosine", "preset", "ends low, so the last step is the best one")
+    chooser.put("training.warmup_share", 0.05 if embedded else 0.03, "preset", "Adam's moments settle first")
+    chooser.put("training.min_lr_share", 0.1, "preset", "the last updates still move")
+    chooser.put("training.weight_decay", 0.0 if lora else 0.01, "preset",
+                "an adapter is small and starts at zero" if lora else "on matrices only")
+    chooser.put("training.clip_norm", 1.0, "preset", "one bad window cannot undo many good ones")
+    eight_bit = (lora and chooser["device.kind"] == "cuda" and not chooser["deepspeed.stage"]
+                 and "bitsandbytes_8bit" in situation.profile.supports
+                 and situation.works("bitsandbytes_8bit")[0])
+    chooser.put("optimizer.name", "paged_adamw_8bit" if eight_bit else "adamw", "derived",
+                "2 bytes of state a weight instead of 8, paged out when memory runs short" if eight_bit else
+                "its state is small beside the rest" if lora else "exact moments in fp32")
+    chooser.put("optimizer.beta1", 0.9, "preset", "Adam's usual first decay")
+    chooser.put("optimizer.beta2", 0.999 if lora else 0.95, "preset",
+                "QLoRA's (arXiv:2305.14314, appendix B)" if lora else "follows short runs faster than 0.999")
+    chooser.put("optimizer.eps", 1e-8, "preset", "Adam's usual value")
+
+
+def _length(chooser: Chooser, situation: Situation) -> None:
+    """Epochs and seconds. On a CPU, and for the embedded model, the seconds decide unless the user set a
+    length."""
+    chooser.put("training.max_steps", 0, "derived", "the epochs decide")
+    per_window_s = window_s(situation.base.shape, chooser, situation.profile)
+    budget_s, why = _budget(chooser, situation)
+    budget_s = chooser.put("training.budget_s", budget_s, "derived", why)
+    most = EMBEDDED_EPOCHS if situation.embedded else BASE_EPOCHS
+    epoch_s = windows_in(situation.facts.code_bytes, chooser) * per_window_s
+    if budget_s and math.isfinite(epoch_s):
+        epochs = math.ceil(budget_s / epoch_s)
+        why = f"an epoch takes about {epoch_s:,.0f} s of {budget_s:,.0f} granted"
+    else:
+        epochs, why = most, "more epochs over one repository add little (they flatten near 4)"
+    chooser.put("training.epochs", max(1, min(most, epochs)), "derived" if budget_s else "preset", why)
+    _saving(chooser, per_window_s)
+
+
+def _budget(chooser: Chooser, situation: Situation) -> tuple[float, str]:
+    if "training.epochs" in situation.user or chooser["training.max_steps"]:
+        return 0.0, "the length was set"
+    granted_s = situation.hours * 3600
+    if situation.embedded:
+        return min(EMBEDDED_BUDGET_S, granted_s), "the whole command ends within five minutes"
+    if chooser["device.kind"] == "cpu" and situation.request.max_hours is None:
+        return CPU_BUDGET_S, "half an hour on a CPU, unless --epochs or --max-hours says otherwise"
+    return 0.0, "the epochs decide"
+
+
+def _saving(chooser: Chooser, per_window_s: float) -> None:
+    step_s = per_window_s * int(chooser["training.micro_batch"]) * int(chooser["training.accumulation"])
+    every = int(SAVE_EVERY_S / step_s) if math.isfinite(step_s) and step_s else 100
+    chooser.put("training.save_steps", max(1, min(1000, every)), "derived",
+                f"about every {SAVE_EVERY_S // 60} minutes" if every else "a step takes longer than that")
+    chooser.put("training.eval_steps", 0, "derived", "before and after the training")
+    chooser.put("training.keep_checkpoints", 2, "preset", "the newest, and one before it in case")
+
+
+def _rest(chooser: Chooser, situation: Situation) -> None:
+    name = f"{situation.base.name}-{situation.facts.name or 'repository'}"
+    chooser.put("run.name", name, "derived", "base and repository")
+    chooser.put("run.seed", 1234, "preset", "the same run twice gives the same weights")
+    for key in KEYS:
+        if key.name.startswith("embedded."):
+            chooser.put(key.name, key.default, "preset", "about 4 M parameters, the size two CPU cores "
+                                                         "train in minutes"
+                        if situation.embedded else "unused: the base has its own sizes")
+

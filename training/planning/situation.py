@@ -1,0 +1,198 @@
+"""What a plan starts from: the request, the machine, the base and the repository, checked together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from training import models
+from training.errors import EliteError, UsageError
+from training.planning.memory import CUDA_RUNTIME_BYTES
+from training.planning.tiers import Tier, tier_of
+from training.planning.timing import TOKENS_PER_BYTE
+from training.records import BaseModel, HardwareProfile, RepositoryFacts, Request
+from training.settings import BY_NAME, problems_in
+
+DEFAULT_HOURS = 48.0
+MIN_CONTEXT = 64
+HEADROOM = {"cuda": 0.12, "cpu": 0.15}     # of device memory, left for what no formula sees
+HOST_HEADROOM = 0.10
+# YaRN was tested up to 32 times the native context (arXiv:2309.00071, section 4: 4k to 128k).
+MAX_ROPE_FACTOR = 32
+_FLAGS = {"training.epochs": "epochs", "run.seed": "seed", "run.name": "model_name",
+          "dataset.context_tokens": "context_tokens"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """The inputs of one plan. `user`: every configuration key the user set, flags before settings."""
+
+    request: Request
+    profile: HardwareProfile
+    base: BaseModel
+    facts: RepositoryFacts
+    tiers: tuple[Tier, ...]
+    user: Mapping[str, Any]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the base is the embedded model, trained from scratch."""
+        return self.base.location == models.EMBEDDED
+
+    @property
+    def device(self) -> str:
+        """`cuda` or `cpu`: what the user set, else the GPU when there is one."""
+        return str(self.user.get("device.kind", self.profile.device))
+
+    @property
+    def hours(self) -> float:
+        """Hours granted."""
+        return DEFAULT_HOURS if self.request.max_hours is None else self.request.max_hours
+
+    @property
+    def repository_tokens(self) -> int:
+        """The repository's size in tokens, estimated from its bytes."""
+        return int(self.facts.code_bytes * TOKENS_PER_BYTE)
+
+    @property
+    def max_context(self) -> int:
+        """The longest context the base can be trained at: native, or 32 times that where YaRN can be set."""
+        shape = self.base.shape
+        if self.embedded or not shape.rope or shape.rope_scaled:
+            return shape.native_context
+        return MAX_ROPE_FACTOR * shape.native_context
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory a plan may use: what was measured as allocatable (or is free), less headroom."""
+        if self.device == "cpu":
+            return int((1 - HEADROOM["cpu"]) * self.profile.ram_available_bytes)
+        # The probe that measured `allocatable_bytes` held a CUDA context itself, which the terms count again.
+        rooms: list[float] = []
+        for gpu in self.profile.gpus:
+            measured = self.profile.rate(f"gpu{gpu.index}.allocatable_bytes")
+            rooms.append(measured + CUDA_RUNTIME_BYTES if measured else gpu.free_bytes)
+        return int((1 - HEADROOM["cuda"]) * min(rooms, default=0))
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory a plan may use."""
+        return int((1 - HOST_HEADROOM) * self.profile.ram_available_bytes)
+
+    def works(self, name: str) -> tuple[bool, str]:
+        """Whether an optimization works here, and why not. What was not examined is taken to work."""
+        support = self.profile.supports.get(name)
+        return (support.works, support.why) if support else (True, "not examined")
+
+
+def build(request: Request, profile: HardwareProfile, base: BaseModel, facts: RepositoryFacts,
+          tiers: tuple[Tier, ...]) -> tuple[Situation, list[EliteError]]:
+    """The situation and everything that is wrong with the request."""
+    found = problems_in(request.settings)
+    wrong = {name for name in request.settings if problems_in({name: request.settings[name]})}
+    user = {name: value for name, value in request.settings.items() if name not in wrong}
+    for key, attribute in _FLAGS.items():
+        value = getattr(request, attribute)
+        if value not in (None, ""):
+            found += _flag_problems(key, value)
+            user[key] = value
+    if base.location == models.EMBEDDED:
+        base = models.embedded(user)
+    situation = Situation(request=request, profile=profile, base=base, facts=facts, tiers=tiers, user=user)
+    found += _tier_problems(request, tiers) + _context_problems(situation) + _device_problems(situation)
+    if request.max_hours is not None and not (math.isfinite(request.max_hours) and request.max_hours > 0):
+        found.append(UsageError(f"--max-hours {request.max_hours:g} grants no time; give a number above 0 "
+                                f"(default {DEFAULT_HOURS:g})."))
+    return situation, found
+
+
+def _flag_problems(key: str, value: Any) -> list[EliteError]:
+    if key == "dataset.context_tokens":
+        return []
+    entry = BY_NAME[key]
+    flag = {"training.epochs": "--epochs", "run.seed": "--seed", "run.name": "--model-name"}[key]
+    if entry.low is not None and value < entry.low:
+        return [UsageError(f"{flag} {value}: the least is {entry.low:g}.")]
+    if entry.high is not None and value > entry.high:
+        return [UsageError(f"{flag} {value}: the most is {entry.high:,.15g}.")]
+    return []
+
+
+def _tier_problems(request: Request, tiers: tuple[Tier, ...]) -> list[EliteError]:
+    number, last = request.tier, tiers[-1].tier
+    plain = max((row.tier for row in tiers if not row.streamed), default=0)
+    if number is None:
+        return []
+    if not 1 <= number <= last:
+        return [UsageError(f"--tier {number}: the table (configs/tiers.yaml) has tiers 1 to {last}; leave "
+                           "it out and "
+                           "the highest that fits is chosen.")]
+    if tiers[number - 1].streamed:
+        return [UsageError(f"--tier {number} needs the streamed step, which this version does not have; "
+                           "the highest "
+                           f"without it is --tier {plain}.")]
+    context = request.context_tokens
+    if context is not None and context >= 1 and tier_of(context, tiers) != number:
+        return [UsageError(f"--tier {number} is {tiers[number - 1].context_tokens:,} tokens and --context "
+                           f"{context:,} "
+                           f"is tier {tier_of(context, tiers)}; give one of them.")]
+    return []
+
+
+def _context_problems(situation: Situation) -> list[EliteError]:
+    context, tiers, base = situation.user.get("dataset.context_tokens"), situation.tiers, situation.base
+    if context is None:
+        return _native_problems(situation)
+    if context < MIN_CONTEXT:
+        return [UsageError(f"--context {context}: a window has at least {MIN_CONTEXT} tokens.")]
+    if context > situation.max_context:
+        return [UsageError(f"--context {context:,} is beyond what {base.name} can be trained at: "
+                           f"{situation.max_context:,} tokens ({_max_reason(situation)}). "
+                           f"Use --context {situation.max_context}.")]
+    first_streamed = next((row for row in tiers if row.streamed), None)
+    if first_streamed and context >= first_streamed.context_tokens:
+        return [UsageError(f"--context {context:,} needs the streamed step, which this version does not "
+                           "have; the "
+                           f"plain step is offered below {first_streamed.context_tokens:,} tokens.")]
+    return []
+
+
+def _native_problems(situation: Situation) -> list[EliteError]:
+    number = situation.request.tier
+    if number is None or not 1 <= number <= len(situation.tiers) or situation.tiers[number - 1].streamed:
+        return []
+    context = situation.tiers[number - 1].context_tokens
+    if context <= situation.max_context:
+        return []
+    return [UsageError(f"--tier {number} is {context:,} tokens, beyond what {situation.base.name} can be "
+                       "trained at: "
+                       f"{situation.max_context:,} ({_max_reason(situation)}). "
+                       f"Use --context {situation.max_context}.")]
+
+
+def _max_reason(situation: Situation) -> str:
+    shape = situation.base.shape
+    if situation.embedded:
+        return "the embedded model's limit"
+    if not shape.rope:
+        return "it has no rotary embedding to stretch"
+    if shape.rope_scaled:
+        return "its rotary embedding is already scaled"
+    return f"{MAX_ROPE_FACTOR} times its native {shape.native_context:,}, the most YaRN was tested at"
+
+
+def model_reason(situation: Situation) -> str:
+    """Why the base stops at its longest context."""
+    return f"{situation.base.name} reaches {situation.max_context:,} tokens: {_max_reason(situation)}"
+
+
+def _device_problems(situation: Situation) -> list[EliteError]:
+    profile = situation.profile
+    if situation.device == "cuda" and not profile.gpus:
+        return [UsageError("device.kind is cuda and no GPU was found; leave it out or set device.kind=cpu.")]
+    count = situation.user.get("device.count", 1)
+    if situation.device == "cuda" and count > len(profile.gpus):
+        return [UsageError(f"device.count is {count} and {len(profile.gpus)} GPUs were found.")]
+    return []

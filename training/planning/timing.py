@@ -1,0 +1,146 @@
+"""Seconds of a training step, from counted operations and measured rates.
+
+Symbols as in `memory`. A multiply-add counts as 2 FLOP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from training.planning.memory import trainable_parameters
+from training.records import HardwareProfile, ModelShape
+from training.shapes import family_of
+
+# Share of the measured matmul rate that a whole step reaches. CPU: a 4 M Llama in fp32 made 30-38 of 75
+# GFLOP/s. GPU: half, which NF4 unpacking and short kernels leave of it (assumed; a trial on the card
+# replaces it).
+EFFICIENCY = {"cpu": 0.45, "cuda": 0.5}
+NF4_CPU_EFFICIENCY = 0.3          # unpacking is not overlapped on a CPU
+STARTUP_S = {"cpu": 6.0, "cuda": 20.0}
+LEAST_STEPS = 10                  # the trainer's own least (trainer/pacing.py)
+TOKENS_PER_BYTE = 1 / 3.2         # of code, for a byte-level BPE; the dataset stage counts exactly
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Operations of one window: linear layers and head, and attention."""
+
+    linear: float
+    attention: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Length of a run. `windows` of one epoch; `steps` and `total_s` of the run; `uncut_s` without a
+    budget."""
+
+    windows: int
+    steps: int
+    step_s: float
+    total_s: float
+    uncut_s: float
+
+
+def window_flops(shape: ModelShape, values: Mapping[str, Any]) -> Flops:
+    """Operations of one window of S tokens, T of them targets.
+
+    Full training: 6 N a token (2 forward, 4 backward; Kaplan et al., arXiv:2001.08361, section 2.1), N the
+    weights that multiply. LoRA: 4 N + 6 N' (no gradient of frozen weights; N' the adapter). Recompute adds
+    2 (N + N'), in full training less each layer's last matrix, whose result nobody needs. The head is
+    computed for targets only. Causal attention: 2 S A a token and layer forward, 2.5 times that backward,
+    once more for recompute (FlashAttention-2, arXiv:2307.08691, section 4.1).
+
+    >>> from training.shapes import shape_from_config
+    >>> small = shape_from_config({"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4,
+    ...     "num_attention_heads": 4, "intermediate_size": 704, "vocab_size": 4096,
+    ...     "tie_word_embeddings": True})
+    >>> flops = window_flops(small, {"dataset.context_tokens": 512, "dataset.target_tokens": 512,
+    ...     "lora.enabled": False, "training.checkpointing": False})
+    >>> f"{flops.linear / 512:.3g}", f"{flops.attention / 512:.3g}"     # 6 x 4.26e6; 3.5 x 2 x 512 x 256 x 4
+    ('2.56e+07', '3.67e+06')
+    """
+    context, targets = int(values["dataset.context_tokens"]), int(values["dataset.target_tokens"])
+    head = shape.vocab * shape.hidden
+    body = shape.active_parameters - head - (0 if shape.tied else head) - shape.parameters.get("positions", 0)
+    recomputed = bool(values["training.checkpointing"])
+    if values["lora.enabled"]:
+        adapter = trainable_parameters(shape, values)
+        linear, again = context * (4 * body + 6 * adapter) + targets * 4 * head, body + adapter
+    else:
+        last = sum(x.inputs * x.outputs * x.count for x in shape.linears
+                   if x.name == family_of(shape).mlp[-1])
+        linear, again = context * 6 * body + targets * 6 * head, body - last
+    linear += 2 * context * again if recomputed else 0
+    passes = 4.5 if recomputed else 3.5
+    attention = passes * 2 * context * context * shape.heads * shape.head_dim * shape.layers
+    return Flops(linear=float(linear), attention=float(attention))
+
+
+def rates(values: Mapping[str, Any], profile: HardwareProfile) -> tuple[float, float, str]:
+    """FLOP/s a step reaches in linear layers and in attention, and where they come from; (0, 0, why) if
+    unmeasured."""
+    kind = str(values["device.kind"])
+    if kind == "cpu":
+        if (trained := profile.rate("cpu.train_fp32")) and values["model.quantization"] == "none":
+            return trained, trained, f"{trained / 1e9:,.0f} GFLOP/s, a measured training step"
+        matmul = profile.rate("cpu.matmul_fp32") or 0.0
+        share = NF4_CPU_EFFICIENCY if values["model.quantization"] == "nf4" else EFFICIENCY["cpu"]
+        return share * matmul, share * matmul, f"{share:g} of the measured {matmul / 1e9:,.0f} GFLOP/s matmul"
+    name = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(values["model.dtype"])]
+    matmul = profile.rate(f"gpu0.matmul_{name}") or profile.rate("gpu0.matmul_fp16") or 0.0
+    linear = EFFICIENCY["cuda"] * matmul
+    forward, backward = profile.rate("gpu0.attention_forward"), profile.rate("gpu0.attention_backward")
+    if forward and backward:
+        attention = 3.5 / (1 / forward + 2.5 / backward)
+        return linear, attention, f"half of the measured {matmul / 1e12:,.0f} TFLOP/s"
+    source = "the preset's" if profile.source == "preset" else "the measured"
+    return linear, linear, f"half of {source} {matmul / 1e12:,.0f} TFLOP/s"
+
+
+def window_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile) -> float:
+    """Seconds of one window's forward and backward; infinite when no rate is known."""
+    linear, attention, _ = rates(values, profile)
+    if not linear:
+        return math.inf
+    flops = window_flops(shape, values)
+    return flops.linear / linear + flops.attention / attention
+
+
+def windows_in(code_bytes: int, values: Mapping[str, Any]) -> int:
+    """Training windows of one epoch: every token outside the held-out share is a target once."""
+    tokens = code_bytes * TOKENS_PER_BYTE * (1 - float(values["dataset.held_out_share"]))
+    return max(1, math.ceil(tokens / int(values["dataset.target_tokens"])))
+
+
+def schedule(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile,
+             code_bytes: int) -> Schedule:
+    """Steps and seconds of the run, with start-up and both evaluations; `training.budget_s` cuts the
+    steps."""
+    per_step = int(values["training.micro_batch"]) * int(values["training.accumulation"])
+    windows = windows_in(code_bytes, values)
+    per_window_s = window_s(shape, values, profile)
+    step_s = min(per_step, windows) * per_window_s
+    in_epoch = math.ceil(windows / (per_step * int(values["device.count"])))
+    steps = int(values["training.epochs"]) * in_epoch
+    steps = min(steps, int(values["training.max_steps"]) or steps)
+    extra, all_steps = extra_s(shape, values, profile), steps
+    if budget_s := float(values["training.budget_s"]):
+        affordable = int(0.95 * budget_s / step_s) if math.isfinite(step_s) and step_s else steps
+        steps = max(1, min(steps, max(LEAST_STEPS, affordable)))
+    return Schedule(windows=windows, steps=steps, step_s=step_s, total_s=steps * step_s + extra,
+                    uncut_s=all_steps * step_s + extra)
+
+
+def extra_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile) -> float:
+    """Start-up and the evaluations before and after: a forward pass is a third of a full step's operations,
+    and a completion re-reads the weights for each token (2 N FLOP each, at a tenth of the rate)."""
+    linear, _, _ = rates(values, profile)
+    if not linear:
+        return STARTUP_S[str(values["device.kind"])]
+    reading = int(values["evaluation.windows"]) * window_s(shape, values, profile) / 3
+    written = int(values["evaluation.completions"]) * int(values["evaluation.completion_tokens"])
+    writing = written * 2 * shape.active_parameters / (linear / 10)
+    return STARTUP_S[str(values["device.kind"])] + 2 * (reading + writing)
