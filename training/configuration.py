@@ -26,8 +26,8 @@ class ConfigurationManager:
         CannotWrite when the disk refuses.
         """
         config = Config({name: choice.value for name, choice in plan.choices.items()})
+        write_record(self.run.plan, plan)  # first: a folder with a plan is a run, and can be resumed
         write_record(self.run.hardware, profile)
-        write_record(self.run.plan, plan)
         reasons = {name: choice.why for name, choice in plan.choices.items()}
         write_text(self.run.config, to_yaml(config, reasons))
         write_text(self.run.deepspeed, json.dumps(deepspeed_config(config), indent=2) + "\n")

@@ -106,7 +106,7 @@ class RepositoryFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearShape:
-    """One kind of linear layer in a model: `count` modules called `name`, each `inputs` x `outputs` weights."""
+    """One kind of linear layer: `count` modules called `name`, each of `inputs` x `outputs` weights."""
 
     name: str
     inputs: int
@@ -118,9 +118,9 @@ class LinearShape:
 class ModelShape:
     """The sizes of a decoder, read from its config without weights. `parameters`: count per component.
 
-    `intermediate`: MLP width a token passes through (chosen experts together). `active_parameters`: those that
-    compute for one token. `linears`: without head and experts. `rope_scaled`: its context is stretched already.
-    `note`: what the config left open.
+    `intermediate`: MLP width a token passes through (chosen experts together). `active_parameters`: those
+    that compute for one token. `linears`: without head and experts. `rope_scaled`: its context is stretched
+    already. `note`: what the config left open.
     """
 
     family: str

@@ -46,7 +46,13 @@ def gather(run_path: str | Path) -> Facts:
         command = ""
     return Facts(path=run.path, result=_mapping(run.result), plan=_mapping(run.plan),
                  hardware=_mapping(run.hardware), manifest=_mapping(run.dataset / "manifest.json"),
-                 metrics=read_rows(run.metrics), evaluations=read_rows(run.evaluations), command=command)
+                 metrics=read_rows(run.metrics), evaluations=by_step(read_rows(run.evaluations)),
+                 command=command)
+
+
+def by_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in the order of their steps: the untrained weights (step 0) may have been evaluated last."""
+    return sorted(rows, key=lambda row: number(row, "step") or 0)
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""Choices become a Request and a run directory, with every problem found in one look and nothing written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training import models
+from training.command import places
+from training.command.choices import Choices, collect, settings_of
+from training.configuration import load_config
+from training.errors import CannotWrite, EliteError, MissingInput, UsageError, raise_all
+from training.hardware import nvidia
+from training.manager.preflight import check_disk, check_output
+from training.manager.runs import list_runs
+from training.planning import situation, tiers
+from training.records import BaseModel, Gpu, HardwareProfile, Plan, RepositoryFacts, Request
+from training.rundir import RunDirectory, read_record
+from training.settings import Config, problems_in
+
+# The embedded model with its optimizer, two checkpoints, the dataset of a small repository and the log.
+LEAST_DISK_BYTES = 200 << 20
+MAX_NAME_BYTES = 200
+NO_REPOSITORY = RepositoryFacts(path="", name="", files=0, code_files=0, code_bytes=0, languages={})
+IDENTITY = ("dataset.repo", "run.name", "model.base")
+Survey = Callable[[str], RepositoryFacts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A request that holds water, what its repository holds, and where its run goes."""
+
+    request: Request
+    facts: RepositoryFacts
+    output: Path
+
+
+def check(choices: Choices, survey: Survey, fresh: bool = False, claim: bool = True) -> Checked:
+    """Everything that can be known before measuring and planning. `claim`: a run will be written.
+
+    Raises one EliteError, or Problems with all of them: usage first, then inputs, then the output.
+    """
+    settings, found = settings_of(choices)
+    found += _name_problems(choices, settings)
+    inputs: list[EliteError] = []
+    name = str(settings.get("model.base") or "auto")
+    repo = collect(inputs, lambda: _repository(settings))
+    facts = collect(inputs, lambda: survey(repo)) if repo else None
+    base = collect(inputs, lambda: _likely_base(name)) or _farthest()
+    output = _output(choices, settings, repo or "")
+    request = _request(choices, settings, facts or NO_REPOSITORY, name, output)
+    found += _planners_problems(request, base, facts or NO_REPOSITORY) + inputs
+    if claim:
+        collect(found, lambda: _check_place(output, fresh))
+    raise_all(found)
+    assert facts is not None
+    return Checked(request=request, facts=facts, output=output)
+
+
+def _request(choices: Choices, settings: Mapping[str, Any], facts: RepositoryFacts, base: str,
+             output: Path) -> Request:
+    """The request without the values that are refused already."""
+    sound = {key: value for key, value in settings.items() if not problems_in({key: value})}
+    return Request(repo=facts.path, output=str(output), base_model=base, tier=choices.tier,
+                   model_name=str(settings.get("run.name") or "") or output.absolute().name,
+                   context_tokens=sound.get("dataset.context_tokens"), epochs=sound.get("training.epochs"),
+                   max_hours=choices.max_hours, seed=sound.get("run.seed"),
+                   settings={key: value for key, value in sound.items() if key not in IDENTITY})
+
+
+def _name_problems(choices: Choices, settings: Mapping[str, Any]) -> list[EliteError]:
+    found: list[EliteError] = []
+    name = str(settings.get("run.name") or "")
+    if set(name) & set("/\\\0") or name in (".", "..") or len(name.encode()) > MAX_NAME_BYTES:
+        found.append(UsageError(f"The model name {name[:60]!r} cannot name a folder; use at most "
+                                f"{MAX_NAME_BYTES} bytes and no slash."))
+    for flag in ("repo", "output", "model_name", "base_model"):
+        if getattr(choices, flag) == "":
+            found.append(UsageError(f"--{flag.replace('_', '-')} is empty; give a value or leave it out."))
+    return found
+
+
+def _likely_base(name: str) -> BaseModel:
+    """The base to hold the request against before the machine is known.
+
+    Raises MissingInput or DataError for a base that cannot exist.
+    """
+    with contextlib.suppress(models.NotLoadable):
+        if name != "auto":
+            return models.resolve(name)
+        if not nvidia.fetch().gpus:
+            return models.resolve(models.EMBEDDED)
+    return _farthest()
+
+
+def _farthest() -> BaseModel:
+    """The base with the longest context: what is beyond that one is beyond them all."""
+    return max(models.registry().values(), key=lambda base: base.shape.native_context * base.shape.rope)
+
+
+def _check_place(output: Path, fresh: bool) -> None:
+    check_output(output, resume=False, fresh=fresh)
+    check_disk(output, LEAST_DISK_BYTES)
+
+
+def _planners_problems(request: Request, base: BaseModel, facts: RepositoryFacts) -> list[EliteError]:
+    """What the planner will refuse on any machine. The devices asked for are taken to be there."""
+    asked = request.settings
+    count = int(asked.get("device.count", 1)) if asked.get("device.kind") == "cuda" else 0
+    gpu = Gpu(index=0, name="", architecture="", capability="8.0", total_bytes=0, free_bytes=0)
+    machine = HardwareProfile(name="not measured", source="", date="", system="", cpu_name="", cpu_cores=1,
+                              cpu_flags=(), ram_total_bytes=0, ram_available_bytes=0, gpus=(gpu,) * count,
+                              disk_path="", disk_free_bytes=0)
+    return situation.build(request, machine, base, facts, tiers.load())[1]
+
+
+def _repository(settings: Mapping[str, Any]) -> str:
+    if settings.get("dataset.repo"):
+        return str(settings["dataset.repo"])
+    return str(places.default_repository(Path.cwd(), Path.home())[0])
+
+
+def _output(choices: Choices, settings: Mapping[str, Any], repo: str) -> Path:
+    if choices.output:
+        return Path(choices.output).expanduser()
+    if choices.model_name:
+        return places.RUNS / choices.model_name
+    return places.free_path(places.RUNS / (str(settings.get("run.name") or "") or places.name_of(repo)))
+
+
+def run_to_resume(choices: Choices, fresh: bool) -> Path:
+    """The run that `--resume` means; refuses choices that differ from those it was made with.
+
+    Raises MissingInput when there is none, UsageError or Problems for choices that cannot be changed.
+    """
+    if fresh:
+        raise UsageError("--resume continues the run and --fresh moves it aside; give one of them.")
+    settings, found = settings_of(choices)
+    raise_all(found)
+    path = _named_run(choices, settings)
+    check_output(path, resume=True, fresh=False)
+    raise_all(_differences(choices, settings, path))
+    return path
+
+
+def _named_run(choices: Choices, settings: Mapping[str, Any]) -> Path:
+    if choices.output or choices.model_name:
+        return _output(choices, settings, "")
+    name = str(settings.get("run.name") or "") or places.name_of(_repository(settings))
+    for info in list_runs(places.RUNS):
+        if info.name == name or (info.name.startswith(name + "-") and info.name[len(name) + 1:].isdigit()):
+            return Path(info.path)
+    raise MissingInput(f"No run of {name} in {places.RUNS.absolute()} to resume. Leave --resume out to start "
+                       "one, or name it with --output.")
+
+
+def _differences(choices: Choices, settings: Mapping[str, Any], path: Path) -> list[EliteError]:
+    config, plan = load_config(path), RunDirectory(path).plan
+    pairs = [(key, config[key], _comparable(key, value)) for key, value in settings.items()
+             if key != "run.name" and not (key == "model.base" and value == "auto")]
+    if choices.tier is not None:
+        pairs.append(("tier", read_record(Plan, plan).tier, choices.tier))
+    return [UsageError(f"{path} was made with {key} = {have!r}, not {want!r}; a run is resumed as planned. "
+                       "Leave it out, or start anew with --fresh or another --output.")
+            for key, have, want in pairs if have != want]
+
+
+def _comparable(key: str, value: Any) -> Any:
+    if key == "dataset.repo" and "://" not in value:
+        return str(Path(value).expanduser().resolve())
+    if key == "model.base":
+        try:
+            return models.resolve(str(value)).location
+        except EliteError:
+            return value
+    return value
+
+
+def dataset_config(repo: str, context_tokens: int, output: str, survey: Survey) -> tuple[Config, Path]:
+    """What `dataset` makes alone, and the folder for it. Raises every problem at once."""
+    found = problems_in({"dataset.context_tokens": context_tokens}, "--context")
+    facts = collect(found, lambda: survey(repo or str(places.default_repository(Path.cwd(), Path.home())[0])))
+    name = places.name_of(facts.path) if facts else "dataset"
+    folder = Path(output).expanduser() if output else places.free_path(places.RUNS / f"{name}-dataset")
+    collect(found, lambda: _check_folder(folder))
+    collect(found, lambda: check_disk(folder, LEAST_DISK_BYTES // 2, "The dataset"))
+    raise_all(found)
+    table = tiers.load()
+    tier = tiers.tier_of(context_tokens, table)
+    target = table[tier - 1].target_tokens if tier else context_tokens
+    return Config({"dataset.repo": facts.path, "dataset.context_tokens": context_tokens,
+                   "dataset.target_tokens": target, "run.name": name}), folder
+
+
+def _check_folder(folder: Path) -> None:
+    """An earlier dataset may be replaced, anything else may not."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
+        raise CannotWrite(f"{folder} exists and holds no dataset; nothing in it is touched. Choose another "
+                          "--output.")
+    if not folder.is_dir():
+        check_output(folder, resume=False, fresh=False)

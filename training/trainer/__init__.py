@@ -1,0 +1,1 @@
+"""The parts of the training subprocess: run directory in, trained model out."""

@@ -1,0 +1,160 @@
+"""Plain Python behind the small interface that the loop drives; `zero.py` has DeepSpeed behind the same one.
+
+An engine owns the model's placement, the optimizer, and the talk between processes. The loop hands it the
+summed loss of a micro-batch, already divided by the target tokens of the whole update, and gets a gradient
+norm back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from training.trainer import optimizers
+
+log = logging.getLogger(__name__)
+
+Returned = TypeVar("Returned")
+# A float16 loss scale starts at 2^16 and halves at each overflow, so a healthy run may skip 16 updates in a
+# row.
+FLOAT16_PATIENCE = 20
+PATIENCE = 3
+
+
+@dataclass(kw_only=True)
+class Captured:
+    """What a checkpoint keeps: fp32 weights and optimizer state by parameter name. Empty off rank 0."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """What the loop needs. Methods marked *together* must be called by all ranks in the same order."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    patience: int
+    evaluates_together: bool
+
+    def loss(self, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Run `work(model, *tensors)`. Together."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of this rank's share of the update; `last`: its last micro-batch. Together."""
+
+    def step(self, rate: float) -> float | None:
+        """Clip, update and clear; the norm before clipping, or None when it was not finite. Together."""
+
+    def on_model(self, work: Callable[[Module], Returned]) -> Returned | None:
+        """Run `work(model)` in evaluation mode: on rank 0, or on all if `evaluates_together`. Together."""
+
+    def with_whole_weights(self, work: Callable[[], Returned], everything: bool) -> Returned | None:
+        """Run `work` on rank 0 with the trainable (or all) weights in place. Together."""
+
+    def capture(self) -> Captured:
+        """Weights and optimizer state for a checkpoint. Together."""
+
+    def restore(self, captured: Captured) -> None:
+        """Put an optimizer state back; the weights were loaded into the model before. Together."""
+
+    def close(self) -> None:
+        """Leave the other processes. Together."""
+
+    def total(self, value: float) -> float:
+        """The sum of `value` over ranks. Together."""
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank. Together."""
+
+
+class PlainEngine:
+    """One process, one device, no DeepSpeed."""
+
+    rank = 0
+    ranks = 1
+    evaluates_together = False
+
+    def __init__(self, model: Module, trainable: Mapping[str, Parameter], config: Mapping[str, Any],
+                 device: torch.device):
+        self.device = device
+        self.model = model
+        self._trainable = trainable
+        self._clip_norm = config["training.clip_norm"]
+        self._optimizer = optimizers.build(trainable, config)
+        scaled = config["model.dtype"] == "float16"
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.patience = FLOAT16_PATIENCE if scaled else PATIENCE
+
+    def loss(self, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`work(model, *tensors)`; the loader has set the type the model computes in."""
+        return work(self.model, *tensors)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add gradients."""
+        self._scaler.scale(loss).backward()
+
+    def step(self, rate: float) -> float | None:
+        """One update, or none when the norm is not finite."""
+        optimizers.set_rate(self._optimizer, rate)
+        self._scaler.unscale_(self._optimizer)
+        limit = self._clip_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), limit))
+        finite = torch.isfinite(torch.tensor(norm)).item()
+        if self._scaler.is_enabled():
+            self._scaler.step(self._optimizer)  # skips by itself on inf or NaN, which it saw in `unscale_`
+            self._scaler.update()
+        elif finite:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm if finite else None
+
+    def on_model(self, work: Callable[[Module], Returned]) -> Returned | None:
+        """Run `work(model)` without gradients, in evaluation mode."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return work(self.model)
+        finally:
+            self.model.train()
+
+    def with_whole_weights(self, work: Callable[[], Returned], everything: bool) -> Returned | None:
+        """Run `work`."""
+        return work()
+
+    def capture(self) -> Captured:
+        """Copies on the CPU."""
+        weights = {name: parameter.detach().to("cpu", copy=True).contiguous()
+                   for name, parameter in self._trainable.items()}
+        tensors, numbers = optimizers.state_of(self._optimizer, self._trainable)
+        if self._scaler.is_enabled():
+            numbers |= {f"scaler/{key}": value for key, value in self._scaler.state_dict().items()}
+        return Captured(weights=weights, optimizer=tensors, numbers=numbers)
+
+    def restore(self, captured: Captured) -> None:
+        """Put the optimizer's and the loss scale's state back."""
+        scaler = {name.split("/", 1)[1]: value for name, value in captured.numbers.items()
+                  if name.startswith("scaler/")}
+        numbers = {name: value for name, value in captured.numbers.items() if not name.startswith("scaler/")}
+        optimizers.restore(self._optimizer, self._trainable, captured.optimizer, numbers)
+        if scaler and self._scaler.is_enabled():
+            self._scaler.load_state_dict(scaler)
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+    def total(self, value: float) -> float:
+        """The value itself."""
+        return value
+
+    def share(self, value: Any) -> Any:
+        """The value itself."""
+        return value

@@ -1,0 +1,96 @@
+"""What a model does on held-out text: loss, bits a byte, and completions of spans it never saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from training.errors import DataError
+from training.settings import Config
+from training.trainer.completion import Completer, lines_of, open_tokenizer, parses, score
+from training.trainer.loss import causal_loss, held_still
+
+if TYPE_CHECKING:
+    from training.dataset.store import WindowStore
+
+Progress = Callable[[str, int, int, str], None]
+SHOWN_LINES = 8
+
+
+def evaluate(model: nn.Module, store: WindowStore, config: Config, device: torch.device,
+             progress: Progress) -> dict[str, Any]:
+    """`records.Quality`'s figures, `windows`, and `samples` (path, language, prefix, completion, expected).
+
+    Rates without a span to count are None. The model's modes and the random state are as before when it
+    returns or when `progress("evaluate", done, total, detail)`, called between windows, raises. Raises
+    DataError when no held-out window has a target.
+    """
+    chosen = evenly_spaced(store.count("held_out"), config["evaluation.windows"])
+    spans = store.completions()
+    spans = [spans[i] for i in evenly_spaced(len(spans), config["evaluation.completions"])]
+    total = len(chosen) + len(spans)
+    with held_still(model):
+        loss, bits = _likelihood(model, store, config, device,
+                                 chosen, lambda done: progress("evaluate", done, total, "held-out windows"))
+        completer = Completer(model, open_tokenizer(store.path / "tokenizer"), device,
+                              config["dataset.context_tokens"], config["evaluation.completion_tokens"])
+        samples = _complete(completer, spans,
+                            lambda done: progress("evaluate", len(chosen) + done, total, "completions"))
+    progress("evaluate", total, total, f"loss {loss:.3f}")
+    return {"loss": loss, "bits_per_byte": bits, "exact_match": _mean([s["exact"] for s in samples]),
+            "edit_similarity": _mean([s["similarity"] for s in samples]),
+            "parse_rate": _mean([s["parses"] for s in samples if s["parses"] is not None]),
+            "windows": len(chosen), "samples": [_shown(s) for s in samples]}
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """At most `wanted` indices spread over `count`.
+
+    >>> evenly_spaced(10, 4)
+    [0, 2, 5, 7]
+    """
+    return [i * count // wanted for i in range(wanted)] if wanted < count else list(range(count))
+
+
+def _likelihood(model: nn.Module, store: WindowStore, config: Config, device: torch.device, chosen: list[int],
+                tell: Callable[[int], None]) -> tuple[float, float]:
+    """Mean loss a target token (nats) and bits a byte of target text."""
+    nats, tokens, size_bytes = 0.0, 0, 0
+    for done, index in enumerate(chosen):
+        tell(done)
+        ids, labels = (torch.from_numpy(part)[None].to(device) for part in store.window("held_out", index))
+        summed, count = causal_loss(model, ids, labels, None, config["training.loss_chunk_tokens"])
+        nats, tokens = nats + float(summed), tokens + count
+        size_bytes += store.target_bytes("held_out", index)
+    if not tokens:
+        raise DataError(f"The dataset's {len(chosen)} held-out windows have no target token; raise "
+                        "dataset.held_out_share.")
+    return nats / tokens, nats / math.log(2) / max(size_bytes, 1)
+
+
+def _complete(completer: Completer, spans: list[dict[str, Any]],
+              tell: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Each span with its completion and the completion's scores."""
+    completed = []
+    for done, span in enumerate(spans):
+        tell(done)
+        text = completer.complete(span["header"] + span["prefix"], lines_of(span["middle"]))
+        exact, similarity = score(span["middle"], text)
+        completed.append({**span, "completion": text, "exact": float(exact), "similarity": similarity,
+                          "parses": parses(span, text)})
+    return completed
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _shown(sample: dict[str, Any]) -> dict[str, str]:
+    """What a report shows of a completed span: the last lines of its prefix, what was expected, what came."""
+    tail = "".join(sample["prefix"].splitlines(keepends=True)[-SHOWN_LINES:])
+    return {"path": sample["path"], "language": sample["language"], "prefix": tail,
+            "completion": sample["completion"], "expected": sample["middle"]}

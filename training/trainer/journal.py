@@ -1,0 +1,115 @@
+"""What the trainer tells the outside while it runs: heartbeat.json, metrics.jsonl, evaluations.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from training.rundir import RunDirectory
+
+BEATS_PER_S = 4.0
+Progress = Callable[..., None]
+
+
+class Heartbeat:
+    """Rewrites heartbeat.json: at once when the phase changes, else at most `BEATS_PER_S` times a second."""
+
+    def __init__(self, run: RunDirectory, active: bool = True):
+        """Inactive on every rank but 0."""
+        self._path = run.heartbeat
+        self._active = active
+        self._phase = ""
+        self._last_s = 0.0
+        self.step = 0
+        self.steps = 0
+
+    def beat(self, phase: str, done: int = 0, total: int = 0, detail: str = "") -> None:
+        """Tell the phase and how far it is (`total` 0: unknown)."""
+        now = time.monotonic()
+        if not self._active or (phase == self._phase and now - self._last_s < 1 / BEATS_PER_S):
+            return
+        self._phase, self._last_s = phase, now
+        line = {"pid": os.getpid(), "phase": phase, "step": self.step, "steps": self.steps, "done": done,
+                "total": total, "detail": detail, "time": time.time()}
+        aside = self._path.with_name(f".heartbeat-{os.getpid()}")
+        try:
+            aside.write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+            os.replace(aside, self._path)
+        except OSError:
+            pass  # a full disk must not end the training; the checkpoint will tell
+
+    def progress(self, phase: str, check: Callable[[], None]) -> Progress:
+        """A progress callback that beats under one phase; `check` may raise to stop what reports to it."""
+        def report(inner: str, done: int, total: int, detail: str = "") -> None:
+            check()
+            self.beat(phase, done, total, detail or inner)
+        return report
+
+
+class Journal:
+    """Appends JSON lines; after a resume each step stands there once."""
+
+    def __init__(self, run: RunDirectory):
+        self._run = run
+
+    def rewind(self, step: int, identity: str) -> None:
+        """Drop metrics after `step`, evaluations after it or of another configuration, and torn lines."""
+        _keep(self._run.metrics, lambda line: line["step"] <= step)
+        _keep(self._run.evaluations, lambda line: line["step"] <= step and line.get("identity") == identity)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """One line for one optimizer step."""
+        _append(self._run.metrics, line)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """One line for one evaluation."""
+        _append(self._run.evaluations, line)
+
+    def evaluation_at(self, step: int) -> dict[str, Any] | None:
+        """The evaluation made at a step, or None."""
+        found = [line for line in read_lines(self._run.evaluations) if line.get("step") == step]
+        return found[-1] if found else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole JSON lines of a file; torn ones and a missing file give nothing."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            data = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(data, dict):
+            found.append(data)
+    return found
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if isinstance(line.get("step"), int) and wanted(line)]
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    aside.write_text("".join(_line(item) for item in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(_line(line))
+
+
+def _line(data: dict[str, Any]) -> str:
+    return json.dumps({key: _finite(value) for key, value in data.items()}, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,231 @@
+"""The training loop: updates until the last step, a stop, or three updates in a row that are not finite."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.errors import CannotWrite, EliteError
+from training.rundir import RunDirectory
+from training.settings import Config
+from training.trainer import checkpoints, pacing, schedules
+from training.trainer.batches import Batch, Layout, Store, planned_steps, read_update
+from training.trainer.engine import Engine
+from training.trainer.journal import Heartbeat, Journal
+from training.trainer.resources import device_peak_bytes, resident_bytes
+from training.trainer.stopping import Watch, stop_error
+
+log = logging.getLogger(__name__)
+
+LossFunction = Callable[..., tuple[Tensor, int]]
+_SIGNALS = {"": 0, "SIGINT": 1, "SIGTERM": 1 << 20}
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where the run is; kept in every checkpoint. `seconds`: of all sessions, until it was written."""
+
+    step: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    steps_fitted: int | None = None
+    fitted_from: int = 0
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Everything one run trains with. `evaluate(step)` is called every training.eval_steps, by all ranks."""
+
+    run: RunDirectory
+    config: Config
+    store: Store
+    engine: Engine
+    loss_function: LossFunction
+    heartbeat: Heartbeat
+    journal: Journal
+    watch: Watch
+    identity: dict[str, Any]
+    session_start: float
+    progress: Progress = field(default_factory=Progress)
+    evaluate: Callable[[int], Any] = lambda step: None
+    _earlier_s: float = 0.0
+    _durations: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.layout = Layout(windows=self.store.count("train"), micro=config["training.micro_batch"],
+                             accumulation=config["training.accumulation"], ranks=self.engine.ranks)
+        self.planned = planned_steps(config, self.layout)
+        self._earlier_s = self.progress.seconds
+        self._tell_steps()
+
+    @property
+    def steps(self) -> int:
+        """The last step of the run, as far as it is known."""
+        return self.planned if self.progress.steps_fitted is None else self.progress.steps_fitted
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far."""
+        return self.progress.step / self.layout.updates_per_epoch
+
+    def seconds(self) -> float:
+        """Of this and all earlier sessions; a killed session counts up to its last checkpoint."""
+        return self._earlier_s + time.monotonic() - self.session_start
+
+    def train(self) -> None:
+        """Go on to the last step. Raises StoppedByUser or Interrupted after a stop's checkpoint."""
+        while self.progress.step < self.steps:
+            if asked := self._train_one():
+                self.save()
+                raise stop_error(asked, self.progress.step)
+            self._fit_steps()
+            self._after_step()
+        if self.progress.step:
+            self.save()
+
+    def _after_step(self) -> None:
+        step, config = self.progress.step, self.config
+        if step >= self.steps:
+            return
+        if config["training.save_steps"] and step % config["training.save_steps"] == 0:
+            self._save_or_warn()
+        if config["training.eval_steps"] and step % config["training.eval_steps"] == 0:
+            self.evaluate(step)
+            self.heartbeat.beat("train", step, self.steps)
+
+    def _train_one(self) -> str:
+        """One update. The signal's name when a stop was asked for: the update is then left to the resume."""
+        start, step, engine = time.monotonic(), self.progress.step, self.engine
+        self.heartbeat.beat("train", step, self.steps)
+        seed = self.config["run.seed"]
+        seed_all(seed, step, engine.rank)
+        batches, own_targets = read_update(self.store, step, self.layout, engine.rank, seed)
+        targets = int(engine.total(own_targets))
+        if not targets:
+            raise EliteError(f"Update {step + 1} has no target token in its {len(batches)} micro-batches.")
+        summed = torch.zeros((), device=engine.device)
+        for index, batch in enumerate(batches):
+            if asked := self._stop_asked():
+                return asked
+            loss = self._loss(batch)
+            engine.backward(loss / targets, last=index == len(batches) - 1)
+            summed += loss.detach()
+        mean = engine.total(float(summed)) / targets
+        rate = self._rate(step)
+        norm = engine.step(rate)  # skips by itself: a loss that is not finite has a gradient that is not
+        if norm is not None and not math.isfinite(mean):
+            raise EliteError(f"The loss of update {step + 1} is {mean} and its gradient's norm is {norm:g}.")
+        self._record(mean, norm, rate, targets, time.monotonic() - start)
+        return ""
+
+    def _loss(self, batch: Batch) -> Tensor:
+        chunk = self.config["training.loss_chunk_tokens"]
+
+        def work(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+            return self.loss_function(model, ids, labels, None, chunk)[0]
+
+        device = self.engine.device
+        return self.engine.loss(work, batch.ids.to(device), batch.labels.to(device))
+
+    def _stop_asked(self) -> str:
+        """The signal that any rank was sent; all ranks leave together."""
+        total = self.engine.total(_SIGNALS[self.watch.poll()])
+        return "SIGTERM" if total >= _SIGNALS["SIGTERM"] else "SIGINT" if total else ""
+
+    def _rate(self, step: int) -> float:
+        config = self.config
+        steps = self.planned if step < self.progress.fitted_from else self.steps
+        share = schedules.share(config["training.schedule"], step, steps, config["training.warmup_share"],
+                                config["training.min_lr_share"])
+        return float(config["training.learning_rate"]) * share
+
+    def _record(self, mean: float, norm: float | None, rate: float, targets: int, seconds: float) -> None:
+        progress = self.progress
+        epoch = progress.step / self.layout.updates_per_epoch
+        progress.step += 1
+        progress.skipped_in_a_row = 0 if norm is not None else progress.skipped_in_a_row + 1
+        progress.skipped += norm is None
+        progress.tokens_trained += targets if norm is not None else 0
+        self._durations.append(seconds)
+        self._tell_steps()
+        if self.engine.rank == 0:
+            peak = device_peak_bytes(self.engine.device)
+            self.journal.metrics({"step": progress.step, "epoch": epoch, "loss": mean, "lr": rate,
+                                  "grad_norm": norm, "tokens": targets, "tokens_per_s": targets / seconds,
+                                  "device_bytes": peak, "host_bytes": resident_bytes(), "time": time.time()})
+            shown = "not finite, update skipped" if norm is None else f"{norm:.3f}"
+            log.info("step %d of %d: loss %.4f, rate %.3g, norm %s, %.0f tokens/s", progress.step, self.steps,
+                     mean, rate, shown, targets / seconds)
+        self._give_up_if_hopeless(mean)
+
+    def _give_up_if_hopeless(self, mean: float) -> None:
+        if self.progress.skipped_in_a_row >= self.engine.patience:
+            progress, rate = self.progress, self.config["training.learning_rate"]
+            raise EliteError(f"{progress.skipped_in_a_row} updates in a row were not finite (loss {mean}, up "
+                             f"to step {progress.step}). Lower training.learning_rate (now {rate:g}); no "
+                             "checkpoint holds anything of them.")
+
+    def _fit_steps(self) -> None:
+        progress, durations = self.progress, self._durations
+        if (not self.config["training.budget_s"] or progress.steps_fitted is not None
+                or progress.step < pacing.FIT_AFTER or len(durations) < 2):
+            return
+        decision: dict[str, Any] = {}
+        if self.engine.rank == 0:
+            decision = pacing.fit(self.config["training.budget_s"], self.planned, progress.step, durations)
+            decision["from_step"] = progress.step
+            pacing.record(self.run, decision, checkpoints.digest_of(self.identity))
+            log.info(pacing.explain(decision))
+        self.adopt(self.engine.share(decision))
+
+    def adopt(self, decision: dict[str, Any]) -> None:
+        """Use a decided number of steps; the schedule follows it from the step of the decision on."""
+        self.progress.steps_fitted, self.progress.fitted_from = decision["steps"], decision["from_step"]
+        self._tell_steps()
+
+    def _tell_steps(self) -> None:
+        self.heartbeat.step, self.heartbeat.steps = self.progress.step, self.steps
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, then let go of old ones. By all ranks; before step 1 nothing."""
+        if not self.progress.step:
+            return
+        failure = ""
+        self.progress.seconds = self.seconds()
+        captured = self.engine.capture()
+        if self.engine.rank == 0:
+            self.heartbeat.beat("save", detail=f"checkpoint-{self.progress.step}")
+            try:
+                path = checkpoints.save(self.run.path, captured, asdict(self.progress), self.identity)
+                checkpoints.retain(self.run.path, self.config["training.keep_checkpoints"])
+                log.info("saved %s", path.name)
+            except CannotWrite as error:
+                failure = str(error)
+        if failure := self.engine.share(failure):
+            raise CannotWrite(failure)
+
+    def _save_or_warn(self) -> None:
+        try:
+            self.save()
+        except CannotWrite as error:
+            log.warning("%s The training goes on; the next checkpoint is tried at its own step.", error)
+
+
+def seed_all(seed: int, step: int, rank: int) -> None:
+    """Seed every generator from the step itself, so that dropout is the same after any number of resumes."""
+    mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint32)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)

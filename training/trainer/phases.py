@@ -1,0 +1,226 @@
+"""The phases of a session that need torch: load, evaluate_before, train, evaluate_after, export."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from training.errors import MissingInput
+from training.trainer.imports import quick_imports
+
+with quick_imports():
+    import torch
+    from torch import Tensor
+
+    from training.dataset.store import WindowStore
+    from training.trainer import checkpoints, evaluation, export, pacing
+    from training.trainer.engine import Captured, Engine, PlainEngine
+    from training.trainer.journal import Journal
+    from training.trainer.loading import LoadedModel, load
+    from training.trainer.loop import Progress, Training
+    from training.trainer.loss import causal_loss
+    from training.trainer.resources import measured_bytes
+    from training.trainer.session import Session
+    from training.trainer.stopping import stop_error
+
+log = logging.getLogger(__name__)
+
+# A copy this large is made in well under a second; an adapter of rank 64 on a 7 B model is 0.6 GB.
+KEPT_BYTES = 1 << 30
+
+
+def run(session: Session) -> None:
+    """All phases in order; what came out is in `session.training` and `session.facts`."""
+    session.mark("import")
+    device = choose_device(session)
+    store = WindowStore.open(session.run.dataset)
+    identity = checkpoints.identity(session.config, store.digest)
+    session.tell("load")("opening the dataset")
+    if session.config["deepspeed.stage"]:
+        from training.trainer.zero import start_processes
+
+        session.rank, session.ranks = start_processes(device, session.tell("load"))
+    loaded, training, first = _load(session, store, identity, device)
+    session.training = training
+    session.mark("load")
+    training.evaluate = lambda step: _evaluate(session, loaded, step, "train")
+    if first is None:
+        session.facts["before"] = _evaluate(session, loaded, 0, "evaluate_before")
+        session.mark("evaluate_before")
+    try:
+        training.train()
+    finally:
+        session.facts["measured_bytes"] = measured_bytes(device)
+    session.mark("train")
+    if first is not None:
+        with _weights(first, loaded):
+            session.facts["before"] = _evaluate(session, loaded, 0, "evaluate_before")
+        session.mark("evaluate_before")
+    session.facts["after"] = _evaluate(session, loaded, training.progress.step, "evaluate_after")
+    session.facts["samples"] = paired_samples(session.facts["before"], session.facts["after"])
+    session.mark("evaluate_after")
+    _export(session, loaded)
+    training.engine.close()
+    log.info("seconds at the end of each phase: %s",
+             ", ".join(f"{name} {seconds:.1f}" for name, seconds in session.marks.items()))
+
+
+def choose_device(session: Session) -> torch.device:
+    """This rank's device, with the CPU threads it may use."""
+    config = session.config
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config["device.threads"] or max(1, cores // session.ranks))
+    if config["device.kind"] == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= session.local_rank:
+        raise MissingInput(f"device.kind is cuda and this machine has {torch.cuda.device_count()} GPUs for "
+                           f"process {session.local_rank + 1}; set device.kind=cpu or lower device.count.")
+    device = torch.device("cuda", session.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _load(session: Session, store: WindowStore, identity: dict[str, Any],
+          device: torch.device) -> tuple[LoadedModel, Training, dict[str, Tensor] | None]:
+    """The model, the engine, the place to go on from, and the weights to evaluate as they were at first."""
+    captured, progress = _newest(session, identity)
+    tell = session.tell("load")
+    tell(f"loading {session.config['model.base']}")
+    with session.watch.at_once():
+        loaded = load(session.config, store, device)
+    if session.rank == 0:
+        for note in loaded.notes:
+            log.info("%s", note)
+    first = _first_weights(session, loaded)
+    if captured:
+        checkpoints.put_weights(captured.weights, loaded.trainable)
+    engine = _engine(session, loaded, device)
+    if captured:
+        engine.restore(captured)
+    journal = Journal(session.run)
+    if session.rank == 0:
+        journal.rewind(progress.step, checkpoints.digest_of(identity))
+    training = Training(
+        run=session.run, config=session.config, store=store, engine=engine, loss_function=causal_loss,
+        heartbeat=session.heartbeat, journal=journal, watch=session.watch, identity=identity,
+        session_start=session.start, progress=progress)
+    decision = engine.share(pacing.recorded(session.run, checkpoints.digest_of(identity)))
+    if decision and progress.steps_fitted is None:
+        training.adopt(decision)
+    return loaded, training, first
+
+
+def _first_weights(session: Session, loaded: LoadedModel) -> dict[str, Tensor] | None:
+    """A copy of the untrained weights, so that the first step need not wait for the evaluation of them.
+
+    None, and the evaluation comes first, when the copy would be larger than `KEPT_BYTES` or when DeepSpeed
+    keeps weights of its own. Loading is a function of the seed, so a resumed run has the same copy.
+    """
+    size_bytes = sum(p.numel() * p.element_size() for p in loaded.trainable.values())
+    if session.config["deepspeed.stage"] or size_bytes > KEPT_BYTES:
+        return None
+    return {name: p.detach().to("cpu", copy=True) for name, p in loaded.trainable.items()}
+
+
+@contextmanager
+def _weights(lent: dict[str, Tensor], loaded: LoadedModel) -> Iterator[None]:
+    """Other trainable weights for a while; the model's own come back bit for bit."""
+    own = {name: p.detach().to("cpu", copy=True) for name, p in loaded.trainable.items()}
+    checkpoints.put_weights(lent, loaded.trainable)
+    try:
+        yield
+    finally:
+        checkpoints.put_weights(own, loaded.trainable)
+
+
+def _newest(session: Session, identity: dict[str, Any]) -> tuple[Captured | None, Progress]:
+    """The checkpoint to go on from, or a fresh start. Raises when configuration or data changed since."""
+    run = session.run.path
+    if session.rank == 0:
+        for name in checkpoints.remove_leftovers(run):
+            log.info("removed %s, left by a process that was killed", name)
+    path, skipped = checkpoints.newest_valid(run)
+    if session.rank == 0:
+        for reason in skipped:
+            log.warning("%s", reason)
+    if path is None:
+        if skipped and session.rank == 0:
+            log.warning("No checkpoint can be used; training starts from step 0.")
+        return None, Progress()
+    checkpoints.refuse_changes(checkpoints.read_identity(path), identity, path.name)
+    captured, state = checkpoints.load(path)
+    if session.rank == 0:
+        log.info("going on from %s", path.name)
+    return captured, Progress(**state)
+
+
+def _engine(session: Session, loaded: LoadedModel, device: torch.device) -> Engine:
+    config = session.config
+    if not config["deepspeed.stage"]:
+        return PlainEngine(loaded.model, loaded.trainable, config, device)
+    from training.trainer.zero import ZeroEngine
+
+    return ZeroEngine(loaded.model, loaded.trainable, config, device,
+                      ds_config=session.run.deepspeed, tell=session.tell("compile_ops"))
+
+
+def _evaluate(session: Session, loaded: LoadedModel, step: int, phase: str) -> dict[str, Any] | None:
+    """The evaluation at a step: the recorded one, else made now and recorded. None off rank 0."""
+    training: Any = session.training
+    found = training.engine.share(training.journal.evaluation_at(step))
+    if found is not None:
+        return dict(found)
+    session.heartbeat.beat(phase)
+    progress = session.heartbeat.progress(phase, _check(session, training.engine))
+    store, device = training.store, training.engine.device
+    made = training.engine.on_model(
+        lambda model: evaluation.evaluate(model, store, session.config, device, progress))
+    if session.rank or made is None:
+        return None
+    line = {"step": step, **made, "time": time.time(), "identity": checkpoints.digest_of(training.identity)}
+    training.journal.evaluation(line)
+    log.info("step %d: held-out loss %.4f, %.4f bits per byte", step, made["loss"], made["bits_per_byte"])
+    return line
+
+
+def _check(session: Session, engine: Engine) -> Callable[[], None]:
+    """Raises when a stop was asked for: on every rank at once where all of them evaluate."""
+    if not engine.evaluates_together:
+        return session.watch.check
+
+    def check() -> None:
+        if asked := engine.share(session.watch.poll()):
+            raise stop_error(asked, session.training.progress.step if session.training else 0)
+    return check
+
+
+def paired_samples(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Completions of the same held-out spans before and after training."""
+    if not before or not after:
+        return []
+    earlier = {(s["path"], s["prefix"]): s["completion"] for s in before.get("samples", ())}
+    return [{"path": s["path"], "prefix": s["prefix"], "before": earlier.get((s["path"], s["prefix"]), ""),
+             "after": s["completion"], "expected": s["expected"]} for s in after.get("samples", ())]
+
+
+def _export(session: Session, loaded: LoadedModel) -> None:
+    """Write adapter/ or model/ and the digest of the trained weights."""
+    training: Any = session.training
+    session.tell("export")("writing the model")
+    facts = {"steps": training.progress.step, "epochs": training.epochs, "seconds": training.seconds(),
+             "tokens_trained": training.progress.tokens_trained, "before": session.facts["before"],
+             "after": session.facts["after"]}
+
+    def write() -> tuple[str, str]:
+        with session.watch.at_once():
+            folder = export.export(loaded, session.config, session.run.dataset, session.run.path, facts)
+        return folder, export.weights_digest(loaded.trainable)
+
+    written = training.engine.with_whole_weights(write, everything=loaded.kind == "model")
+    if written:
+        session.facts["model_dir"], session.facts["digest"] = written
+    session.mark("export")
