@@ -51,7 +51,7 @@ def locate(repo: str, refresh: bool = True) -> Path:
             raise MissingInput(f"The repository {repo} does not exist; give a folder or a git URL.")
         if not path.is_dir():
             raise MissingInput(f"The repository {repo} is a file; give the folder that holds it: "
-                               f"{path.parent}.")
+                               f"{path.resolve().parent}.")
         with os.scandir(path):
             return path.resolve()
     except OSError as error:

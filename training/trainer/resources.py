@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+CONTEXT_BYTES = 1 << 30
+
 
 def resident_bytes() -> int:
     """Resident memory of this process now; 0 where /proc is missing."""
@@ -34,5 +36,13 @@ def device_peak_bytes(device: torch.device) -> int:
 
 
 def measured_bytes(device: torch.device) -> int:
-    """What stands beside the prediction: the GPU allocator's peak reserve, or the peak resident memory."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_resident_bytes()
+    """What stands beside the prediction: the GPU's reserve and context at most, or the peak resident memory.
+
+    The context is what the GPU holds beyond the allocator's reserve, up to `CONTEXT_BYTES`: more than that is
+    another process's.
+    """
+    if device.type != "cuda":
+        return peak_resident_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    context = min(max(0, total - free - torch.cuda.memory_reserved(device)), CONTEXT_BYTES)
+    return torch.cuda.max_memory_reserved(device) + context
