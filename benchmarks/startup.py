@@ -62,12 +62,11 @@ def has_line(path: Path) -> bool:
 
 def prepare(folder: Path) -> None:
     """A run directory with a plan, a configuration and windows of this repository, ready for the trainer."""
+    from training.configuration import ConfigurationManager
     from training.dataset.generator import DatasetGenerator
     from training.hardware.profiler import HardwareProfiler
     from training.models import resolve
     from training.planning.calculator import OptimalConfigCalculator
-
-    from training.configuration import ConfigurationManager
     from training.records import Request
 
     profile, base = HardwareProfiler(folder).profile(quick=True), resolve("embedded")

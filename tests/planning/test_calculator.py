@@ -8,7 +8,8 @@ import pytest
 
 from training import models
 from training.errors import CannotWrite, DoesNotFit, EliteError, Problems, UsageError
-from training.planning import OptimalConfigCalculator
+from training.hardware.profiler import from_preset
+from training.planning import OptimalConfigCalculator, presets
 from training.records import (
     GIB,
     Figure,
@@ -343,3 +344,10 @@ def test_the_examples_in_the_formulas_hold(module):
     assert tested.failed == 0
     assert tested.attempted > 0
     assert doctest.testmod(shapes).failed == 0
+
+
+def test_a_described_machine_has_no_measured_choices():
+    described = from_preset(presets.load("rtx-4090"))
+    request = Request(repo="x", output="x", model_name="x", base_model="qwen2.5-coder-7b")
+    plan = OptimalConfigCalculator(described).calculate(request, models.resolve("qwen2.5-coder-7b"), FACTS)
+    assert {choice.source for choice in plan.choices.values()} == {"user", "derived", "preset"}

@@ -43,11 +43,13 @@ class Window:
 
 
 class Chooser(Mapping[str, Any]):
-    """Collects choices; a key the user set keeps the user's value. Reads as a mapping of the values so
-    far."""
+    """Collects choices; a key the user set keeps the user's value. Reads as a mapping of the values so far.
 
-    def __init__(self, user: Mapping[str, Any]):
-        self.user = user
+    `described`: the machine is a description, so what would be "measured" is "preset".
+    """
+
+    def __init__(self, user: Mapping[str, Any], described: bool = False):
+        self.user, self.described = user, described
         self.choices: dict[str, Choice] = {}
 
     def put(self, name: str, value: Any, source: str, why: str) -> Any:
@@ -55,8 +57,13 @@ class Chooser(Mapping[str, Any]):
         if name in self.user:
             self.choices[name] = Choice(self.user[name], "user", "set by the user")
         else:
-            self.choices[name] = Choice(value, source, why)
+            self.force(name, value, source, why)
         return self.choices[name].value
+
+    def force(self, name: str, value: Any, source: str, why: str) -> None:
+        """Record a choice that already weighed what the user set."""
+        known = "preset" if self.described and source == "measured" else source
+        self.choices[name] = Choice(value, known, why)
 
     def __getitem__(self, name: str) -> Any:
         return self.choices[name].value
@@ -83,7 +90,7 @@ def window_of(situation: Situation, context: int, source: str, why: str, recompu
 
 def derive(situation: Situation, window: Window) -> dict[str, Choice]:
     """A choice for every key of settings.KEYS."""
-    chooser = Chooser(situation.user)
+    chooser = Chooser(situation.user, described=situation.profile.source == "preset")
     _device(chooser, situation)
     _model(chooser, situation, window)
     _adapter(chooser, situation, window)
@@ -113,8 +120,8 @@ def _model(chooser: Chooser, situation: Situation, window: Window) -> None:
     base, embedded = situation.base, situation.embedded
     native = window.context_tokens if embedded else base.shape.native_context
     user_base = situation.request.base_model not in ("", "auto")
-    chooser.choices["model.base"] = Choice(
-        base.location, "user" if user_base else "measured",
+    chooser.force(
+        "model.base", base.location, "user" if user_base else "measured",
         f"{base.name}, {base.shape.total_parameters / 1e6:,.1f} M parameters, {base.licence}")
     chooser.put("model.revision", "", "derived", "the newest in the cache or on the "
                                                  "hub" if not embedded else "unused")
@@ -147,7 +154,7 @@ def _precision(chooser: Chooser, situation: Situation) -> None:
     use_flash = (chooser["device.kind"] == "cuda" and flash and chooser["model.dtype"] != "float32"
                  and "flash_attention_2" in situation.profile.supports)
     chooser.put("model.attention", "flash_attention_2" if use_flash else "sdpa", "measured",
-                "the kernel was tried on this GPU" if use_flash else
+                "the kernel works on this GPU" if use_flash else
                 f"PyTorch's fused kernel; FlashAttention-2: {why_not}" if chooser["device.kind"] == "cuda"
                 else "PyTorch's fused CPU kernel, memory linear in the window")
 
@@ -193,7 +200,7 @@ def _dataset(chooser: Chooser, situation: Situation, window: Window) -> None:
     base, facts = situation.base, situation.facts
     chooser.choices["dataset.repo"] = Choice(facts.path, "user", f"{facts.code_files:,} code files, "
                                              f"about {situation.repository_tokens:,} tokens")
-    chooser.choices["dataset.context_tokens"] = Choice(window.context_tokens, window.source, window.why)
+    chooser.force("dataset.context_tokens", window.context_tokens, window.source, window.why)
     packed = window.target_tokens >= window.context_tokens
     chooser.put("dataset.target_tokens", window.target_tokens, "preset",
                 "files are packed and every token is a target" if packed else
