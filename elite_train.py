@@ -257,7 +257,7 @@ def ledger(only: Annotated[Words, value("One optimization; repeatable.", "ID")] 
     from training.console import stages
     from training.console.view import View
     from training.hardware.profiler import HardwareProfiler
-    from training.ledger import Ledger, catalogue
+    from training.ledger import Ledger, catalogue, save
     view, items, here = View(json), catalogue(only), str(Path(__file__).resolve().parent)
     with view.stage("Hardware") as progress:
         machine = HardwareProfiler().profile(progress=progress)
@@ -265,6 +265,7 @@ def ledger(only: Annotated[Words, value("One optimization; repeatable.", "ID")] 
         measured = Ledger(here, machine, Path(work))
         entries = [measured.measure(item, progress) for item in items]
     view.show(stages.ledger, entries)
+    view.say(f"Written to {save(entries, machine)}.")
     view.document(entries)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from training.manager.manager import TrainingManager
 from training.manager.monitor import read_rows
 from training.models import resolve
 from training.planning.calculator import OptimalConfigCalculator
-from training.records import HardwareProfile, Request
-from training.rundir import RunDirectory
+from training.records import HardwareProfile, Request, to_data
+from training.rundir import RunDirectory, read_data, write_record
 from training.settings import nearest
 
 CATALOGUE = Path(__file__).resolve().parent.parent / "configs" / "optimizations.yaml"
 NOTICEABLE = {"memory_bytes": 0.02, "tokens_per_s": 0.05, "loss": 0.005}
-BASE: dict[str, Any] = {"training.max_steps": 24, "training.save_steps": 0, "evaluation.completions": 0,
-                        "evaluation.windows": 8, "training.micro_batch": 4, "training.accumulation": 2,
+RESULTS = CATALOGUE.parent.parent / "benchmarks" / "results"
+BASE: dict[str, Any] = {"training.max_steps": 16, "training.save_steps": 0, "evaluation.completions": 0,
+                        "evaluation.windows": 8, "training.micro_batch": 4, "training.accumulation": 1,
                         "training.checkpointing": False}
 Progress = Callable[[str, int, int, str], None]
 
@@ -120,6 +121,20 @@ class Ledger:
         rates = [row["tokens_per_s"] for row in read_rows(RunDirectory(output).metrics)][4:]
         return Arm(memory_bytes=float(result.memory["measured_bytes"] or 0),
                    tokens_per_s=statistics.median(rates), loss=after.loss if after else float("nan"))
+
+
+def save(entries: Sequence[Entry], profile: HardwareProfile, pairs: int = 2, folder: Path = RESULTS) -> Path:
+    """Write `ledger-<date>.json`; entries of the same day that were not measured again stay in it."""
+    date = datetime.date.today().isoformat()
+    path = folder / f"ledger-{date}.json"
+    earlier = read_data(path)["entries"] if path.exists() else []
+    new = {entry.id for entry in entries}
+    kept = [entry for entry in earlier if entry["id"] not in new]
+    gpus = ", ".join(gpu.name for gpu in profile.gpus) or "no GPU"
+    write_record(path, {"date": date, "machine": f"{profile.cpu_name}, {profile.cpu_cores} cores, {gpus}",
+                        "pairs": pairs, "steps": BASE["training.max_steps"],
+                        "entries": [*kept, *to_data(list(entries))]})
+    return path
 
 
 def missing_needs(item: Optimization, profile: HardwareProfile) -> str:
