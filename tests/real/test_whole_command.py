@@ -114,9 +114,14 @@ def test_the_run_is_listed_reported_and_refuses_other_choices(trained):
     assert "run.seed" in done.stderr
 
 
-def test_nf4_and_lora_on_a_phi_checkpoint(tmp_path):
-    phi = make_tiny_checkpoint(tmp_path / "phi")
-    done = elite("--auto", "--repo", PACKAGE, "--output", "run", "--base-model", phi, *SMALL,
+ZERO_2 = ["--set", "deepspeed.stage=2", "--set", "deepspeed.offload_optimizer=true"]
+
+
+@pytest.mark.parametrize(("family", "name", "extra"), [("phi", "PhiForCausalLM", []),
+                                                       ("qwen2", "Qwen2ForCausalLM", ZERO_2)])
+def test_nf4_and_lora_on_a_tiny_checkpoint_in_plain_python_and_under_deepspeed(tmp_path, family, name, extra):
+    base = make_tiny_checkpoint(tmp_path / family, family)
+    done = elite("--auto", "--repo", PACKAGE, "--output", "run", "--base-model", base, *SMALL, *extra,
                  "--set", "training.max_steps=12", "--set", "training.learning_rate=0.01", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -126,10 +131,10 @@ def test_nf4_and_lora_on_a_phi_checkpoint(tmp_path):
     result = json.loads((run / "result.json").read_text())
     assert result["quality"]["after"]["loss"] < result["quality"]["before"]["loss"]
     assert result["model_dir"] == "adapter"
-    name = plain_python("from peft import AutoPeftModelForCausalLM\n"
-                        "model = AutoPeftModelForCausalLM.from_pretrained('run/adapter')\n"
-                        "print(type(model.get_base_model()).__name__)", tmp_path)
-    assert name == "PhiForCausalLM"
+    found = plain_python("from peft import AutoPeftModelForCausalLM\n"
+                         "model = AutoPeftModelForCausalLM.from_pretrained('run/adapter')\n"
+                         "print(type(model.get_base_model()).__name__)", tmp_path)
+    assert found == name
 
 
 def test_ctrl_c_saves_and_resume_finishes(tmp_path):
