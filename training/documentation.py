@@ -76,6 +76,7 @@ Exact means: the same gradients up to rounding.
 
 {measured}
 
+What is not in this table has not been measured.
 `python3 elite_train.py ledger` measures them on your machine; `--only ID` takes one. Both arms share
 repository, windows, seed and steps, and alternate. A difference counts when every pair of runs agrees on its
 direction and its median is above {thresholds}; otherwise the verdict is "no difference".
