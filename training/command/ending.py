@@ -112,13 +112,9 @@ def _write(stream: Any, text: str) -> None:
 
 
 def _mute(stream: Any) -> None:
-    """Point a stream without reader at nothing, so that Python's own flush at exit stays quiet."""
-    try:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, stream.fileno())
-        os.close(nothing)
-    except (OSError, ValueError):
-        pass
+    from training.console.theme import mute  # loads Rich, which an undisturbed end does not need
+
+    mute(stream)
 
 
 def _save_traceback(error: Exception, run: Path | None) -> str:
