@@ -38,7 +38,7 @@ ARROWS = {
     "ledger": BASICS | {"configuration", "dataset", "hardware", "manager", "models", "planning"},
     "documentation": BASICS | {"configuration", "hardware", "ledger", "models", "planning"},
     "command": BASICS | {"models", "configuration", "console", "dataset", "hardware", "manager", "planning"},
-    "model_trainer_unified": BASICS | {"trainer", "configuration", "dataset", "models"},
+    "model_trainer_unified": BASICS | {"trainer", "configuration", "dataset", "models", "manager"},
 }
 # Of the dataset room the trainer reads the finished store only.
 TRAINER_READS = {"training.dataset.store"}

@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     prepare_path()
     prepare_environment()
+    from training.manager.watchdog import watch_parent
+
+    watch_parent()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s",
                         datefmt="%H:%M:%S")
     from training.trainer.session import run_session
