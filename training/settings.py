@@ -99,7 +99,23 @@ KEYS: tuple[Key, ...] = (
     _key("evaluation.windows", 32, "Held-out windows an evaluation reads.", 1),
     _key("evaluation.completions", 8, "Held-out spans completed before and after training.", 0, 10000),
     _key("evaluation.completion_tokens", 48, "Longest completion, tokens.", 1, 4096),
-    _key("stream.chunk_tokens", 0, "Chunk of the streamed step, tokens; 0: the plain step.", 0),
+    _key("stream.chunk_tokens", 0, "Queries of one call of a decoder layer in the streamed step; 0: the "
+         "plain step.", 0),
+    _key("stream.page_tokens", 0, "Keys of one attention kernel call; 0: as many as queries.", 0),
+    _key("stream.mlp_tokens", 0, "Positions an MLP works on at once inside a chunk; 0: the whole chunk.", 0),
+    _key("stream.inputs", "device", "Where layer inputs are kept for the backward pass.",
+         choices=("device", "pinned", "pageable", "disk")),
+    _key("stream.keep_every", 1, "Of every so many layers one input is kept; the others are computed again.", 1),
+    _key("stream.encoding", "exact", "How kept layer inputs are stored; int8 and int4 are lossy.",
+         choices=("exact", "int8", "int4")),
+    _key("stream.pages", "device", "Where the keys and values of the layer being worked on live.",
+         choices=("device", "pinned", "pageable")),
+    _key("stream.attention", "recompute", "Compute attention again in the backward pass, or keep its output.",
+         choices=("recompute", "keep")),
+    _key("stream.keys", "recompute", "Compute keys and values again in the backward pass, or keep them.",
+         choices=("recompute", "keep")),
+    _key("stream.weights", "resident", "Frozen weights stay on the device, or visit it layer by layer.",
+         choices=("resident", "streamed")),
 )
 BY_NAME = {key.name: key for key in KEYS}
 SECTIONS = tuple(dict.fromkeys(key.name.split(".")[0] for key in KEYS))
@@ -198,8 +214,12 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
      "embedded.hidden {embedded_hidden} is no multiple of embedded.heads {embedded_heads}."),
     (lambda v: v["embedded.heads"] % v["embedded.kv_heads"] != 0,
      "embedded.heads {embedded_heads} is no multiple of embedded.kv_heads {embedded_kv_heads}."),
-    (lambda v: v["stream.chunk_tokens"] > 0,
-     "stream.chunk_tokens is {stream_chunk_tokens}; this version has no streamed step. Set it to 0."),
+    (lambda v: v["stream.weights"] == "streamed" and not v["lora.enabled"],
+     "stream.weights is streamed and every weight is trained; only frozen ones can be. Set "
+     "lora.enabled=true."),
+    (lambda v: v["stream.weights"] == "streamed" and v["deepspeed.stage"] == 3,
+     "stream.weights is streamed and deepspeed.stage is 3; both move the weights. Set "
+     "stream.weights=resident."),
 )
 
 

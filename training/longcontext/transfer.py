@@ -1,0 +1,75 @@
+"""Copies between the device and the host on streams of their own, so that they run beside the computation.
+
+On a device without streams (a CPU) a copy is done when the call returns and an event is None.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Event = Any
+
+
+class Transfer:
+    """One stream towards the device and one from it. `pinned` host buffers copy without the CPU waiting."""
+
+    def __init__(self, device: torch.device, pinned: bool):
+        self.device = device
+        self.pinned = pinned and device.type == "cuda"
+        self._streams = device.type == "cuda"
+        self._down = torch.cuda.Stream(device) if self._streams else None
+        self._up = torch.cuda.Stream(device) if self._streams else None
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A host buffer; when no more memory can be pinned, an ordinary one from then on, with a warning."""
+        if self.pinned:
+            try:
+                return torch.empty(shape, dtype=dtype, pin_memory=True)
+            except RuntimeError as error:
+                self.pinned = False
+                log.warning("No more host memory can be pinned (%s); layer inputs go to ordinary memory, whose "
+                            "copies do not run beside the computation. `ulimit -l` is the usual limit.",
+                            str(error).splitlines()[0][:120])
+        return torch.empty(shape, dtype=dtype)
+
+    def save(self, source: Tensor, target: Tensor) -> Event:
+        """Copy device -> host; the event ends it. The source may be dropped at once."""
+        if not self._streams:
+            target.copy_(source)
+            return None
+        return self._copy(self._down, source, target, source)
+
+    def load(self, source: Tensor, target: Tensor, after: Event = None) -> Event:
+        """Copy host -> device once `after` has happened. Wait for the event before reading `target`."""
+        if not self._streams:
+            target.copy_(source)
+            return None
+        if after is not None:
+            self._up.wait_event(after)  # type: ignore[union-attr]
+        return self._copy(self._up, source, target, target)
+
+    def _copy(self, stream: Any, source: Tensor, target: Tensor, on_device: Tensor) -> Event:
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(stream)
+        on_device.record_stream(stream)
+        return event
+
+    def wait(self, event: Event) -> None:
+        """Let the computation wait for a copy; the CPU goes on."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    @staticmethod
+    def finish(event: Event) -> None:
+        """Let the CPU wait for a copy, before it reads or reuses the host buffer."""
+        if event is not None:
+            event.synchronize()
