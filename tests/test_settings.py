@@ -42,7 +42,9 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key():
     ({"dataset.context_tokens": 256, "dataset.target_tokens": 512}, "a window holds dataset.context_tokens"),
     ({"deepspeed.offload_parameters": True, "deepspeed.stage": 2}, "needs deepspeed.stage=3; it is 2"),
     ({"device.count": 2}, "set deepspeed.stage=2"),
-    ({"stream.chunk_tokens": 4096}, "this version has no streamed step"),
+    ({"stream.weights": "streamed"}, "only frozen ones can be. Set lora.enabled=true"),
+    ({"stream.chunk_tokens": -1}, "stream.chunk_tokens is -1; the least is 0"),
+    ({"stream.inputs": "ram"}, "it must be one of device, pinned, pageable, disk"),
     ({"training.learning_rate": float("nan")}, "it must be a finite number"),
 ])
 def test_values_that_cannot_be_honoured_are_refused(values, words):

@@ -33,17 +33,23 @@ ARROWS = {
     "dataset": BASICS,
     "manager": BASICS,
     "doctor": BASICS | {"hardware"},
-    "planning": BASICS | {"models", "shapes", "weights"},
-    "trainer": BASICS | {"models", "shapes", "weights", "configuration", "dataset"},
+    "planning": BASICS | {"models", "shapes", "weights", "longcontext"},
+    "longcontext": set(),
+    "trainer": BASICS | {"models", "shapes", "weights", "configuration", "dataset", "longcontext"},
     "ledger": BASICS | {"configuration", "dataset", "hardware", "manager", "models", "planning"},
-    "documentation": BASICS | {"configuration", "hardware", "ledger", "models", "planning"},
+    "stream_tables": set(),
+    "documentation": BASICS | {"configuration", "hardware", "ledger", "models", "planning", "stream_tables"},
     "command": BASICS | {"models", "configuration", "console", "dataset", "hardware", "manager", "planning"},
     "model_trainer_unified": BASICS | {"trainer", "configuration", "dataset", "models", "manager"},
 }
 # Of the dataset room the trainer reads the finished store only.
 TRAINER_READS = {"training.dataset.store"}
-TORCH_ROOMS = {"trainer", "model_trainer_unified"}
+# Of the streamed step the planner reads what needs no torch.
+PLANNER_READS = {f"training.longcontext.{name}" for name in ("policy", "costs", "geometry", "errors")}
+TORCH_ROOMS = {"trainer", "model_trainer_unified", "longcontext"}
 TORCH_FILES = {"training/hardware/probe.py"}
+NO_TORCH_FILES = {f"training/longcontext/{name}.py"
+                  for name in ("__init__", "blocks", "policy", "costs", "geometry", "flops", "errors")}
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "bitsandbytes"}
 
 
@@ -81,6 +87,9 @@ def test_imports_follow_the_arrows(path):
     if room == "trainer":
         read = {name for name in imports(path) if name.startswith("training.dataset")}
         assert read <= TRAINER_READS, f"{relative(path)} imports {sorted(read - TRAINER_READS)}"
+    if room == "planning":
+        read = {name for name in imports(path) if name.startswith("training.longcontext")}
+        assert read <= PLANNER_READS, f"{relative(path)} imports {sorted(read - PLANNER_READS)}"
 
 
 def test_nothing_imports_the_command_itself():
@@ -89,7 +98,8 @@ def test_nothing_imports_the_command_itself():
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_heavy_libraries_are_imported_at_the_top_only_where_training_happens(path):
-    if room_of(path) in TORCH_ROOMS or relative(path) in TORCH_FILES:
+    if relative(path) not in NO_TORCH_FILES and (
+            room_of(path) in TORCH_ROOMS or relative(path) in TORCH_FILES):
         return
     heavy = {name.split(".")[0] for name in imports(path, top_only=True)} & HEAVY
     assert not heavy, f"{relative(path)} imports {sorted(heavy)} at its top"

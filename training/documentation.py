@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training import configuration, models
+from training import configuration, models, stream_tables
 from training.errors import EliteError
 from training.hardware.profiler import from_preset
 from training.ledger import NOTICEABLE, catalogue
-from training.planning import presets, tables
+from training.planning import policies, presets, tables
 from training.planning.calculator import OptimalConfigCalculator
 from training.records import GIB, RepositoryFacts, Request
 
@@ -49,9 +49,23 @@ Generated from `configs/tiers.yaml` and `configs/hardware/` by `make docs`.
 
 {tiers}
 
-The chosen tier is the lowest of what device memory, host memory, disk, hours (`--max-hours`, 48 by default),
-the repository (no window longer than its tokens) and the model allow. Tier 0 is a window shorter than
-tier 1's. Tiers 8-11 need the streamed step, which this version does not have.
+The chosen tier is the lowest of what device memory, host memory, disk, hours (`--max-hours`, 48 by
+default), the repository (no window longer than its tokens) and the model allow (32 times its native
+context, the most YaRN was tested at; `--set model.rope_factor=N` goes further at your own risk). Tier 0 is
+a window shorter than tier 1's.
+
+Each window is trained through the plain step (a whole forward and backward pass, activations recomputed
+where they do not fit) or the streamed step (one layer and one chunk at a time, the same gradients up to
+rounding). The planner compares both: on a GPU it takes the streamed step where the plain one does not fit,
+or by operations and rates takes more than {faster:.0%} of the streamed step's time; on a CPU from
+{cpu_context:,} tokens on, where it was measured to take less memory and less time. `stream.*` keys
+(docs/configuration.md) choose by hand; `--set stream.chunk_tokens=0` is the plain step.
+
+For the streamed step the planner works out every policy's device memory, host memory, disk and seconds, and
+takes the fastest that fits; of policies within {tie:.0%} of each other the simpler one. It keeps layer
+inputs in device memory if they fit, else in pinned host memory (at most half of all of it), pageable host
+memory, or on disk; keeps fewer of them and rebuilds the rest when memory is short; streams keys and values,
+and as the last resort the frozen weights. Lossy encodings are used only when you ask for them.
 
 ## Plans for known machines
 
@@ -80,7 +94,8 @@ What is not in this table has not been measured.
 `python3 elite_train.py ledger` measures them on your machine; `--only ID` takes one. Both arms share
 repository, windows, seed and steps, and alternate. A difference counts when every pair of runs agrees on its
 direction and its median is above {thresholds}; otherwise the verdict is "no difference".
-"""
+
+{streamed}"""
 
 
 def models_page() -> str:
@@ -95,11 +110,12 @@ def models_page() -> str:
 def tiers_page() -> str:
     """docs/tiers.md: the tiers, and what plans for known machines come to."""
     rows = [[str(row["tier"]), f"{row['context_tokens']:,}", f"{row['target_tokens']:,}",
-             str(row["lora_rank"]), f"{row['min_vram_gib']} GB", ", ".join(row["needs"]) or "-",
-             "yes" if row["offered"] else "no"] for row in tables.tier_rows()]
-    head = ["Tier", "Context", "Target", "LoRA rank", "Meant for", "Needs", "In this version"]
+             str(row["lora_rank"]), f"{row['min_vram_gib']} GB", ", ".join(row["needs"]) or "-"]
+            for row in tables.tier_rows()]
+    head = ["Tier", "Context", "Target", "LoRA rank", "Meant for", "Needs"]
     plans = _table(["Machine", *[f"`{name}`" for name in SHOWN]], _plans())
-    return TIERS.format(tiers=_table(head, rows), plans=plans, megabytes=EXAMPLE.code_bytes // 10**6)
+    return TIERS.format(tiers=_table(head, rows), plans=plans, megabytes=EXAMPLE.code_bytes // 10**6,
+                        faster=policies.FASTER, cpu_context=policies.CPU_CONTEXT, tie=policies.TIE - 1)
 
 
 def _plans() -> list[list[str]]:
@@ -116,7 +132,8 @@ def _planned(calculator: OptimalConfigCalculator, model: str) -> str:
         plan = calculator.calculate(request, models.resolve(model), EXAMPLE)
     except EliteError:
         return "does not fit"
-    return f"tier {plan.tier}: {plan.context_tokens:,} tokens, {plan.total_s / 3600:.1f} h"
+    step = ", streamed" if plan.choices["stream.chunk_tokens"].value else ""
+    return f"tier {plan.tier}: {plan.context_tokens:,} tokens{step}, {plan.total_s / 3600:.1f} h"
 
 
 def optimizations_page() -> str:
@@ -125,7 +142,7 @@ def optimizations_page() -> str:
              item.default] for item in catalogue()]
     head = ["What", "Id", "Code", "Source", "Exact", "Default"]
     return OPTIMIZATIONS.format(catalogue=_table(head, rows), measured=_measured(newest_ledger()),
-                                thresholds=_thresholds())
+                                thresholds=_thresholds(), streamed=stream_tables.section())
 
 
 def _thresholds() -> str:

@@ -17,6 +17,7 @@ import logging  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,7 +59,19 @@ def main(arguments: list[str] | None = None) -> int:
     return run_session(options.run_dir.resolve(), options.local_rank, START)
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """End the process now, without taking the interpreter apart.
+
+    A worker thread of gloo or NCCL that waits for the interpreter's lock at that moment, to drop the last
+    reference to a tensor of a finished exchange, would abort the process ("terminate called without an active
+    exception"): DeepSpeed's references to the process group keep such threads alive after it is destroyed.
+    Everything that must be on disk is there, synced, by now.
+    """
+    logging.shutdown()
     sys.stdout.flush()
-    sys.exit(code)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

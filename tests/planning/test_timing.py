@@ -14,7 +14,7 @@ VALUES = {"lora.enabled": True, "lora.rank": 8, "lora.targets": ["q_proj"],
           "training.epochs": 3, "training.max_steps": 0, "training.budget_s": 0.0,
           "device.kind": "cpu", "device.count": 1, "model.quantization": "none",
           "model.dtype": "float32", "evaluation.windows": 8, "evaluation.completions": 2,
-          "evaluation.completion_tokens": 48}
+          "evaluation.completion_tokens": 48, "stream.chunk_tokens": 0}
 SHAPE = models.registry()["phi-2"].shape
 
 

@@ -12,6 +12,7 @@ from trainer_fakes import FakeStore, TinyModel, config_of, tiny_loss, training_o
 
 from training.configuration import deepspeed_config  # noqa: E402
 from training.errors import EliteError  # noqa: E402
+from training.model_trainer_unified import leave  # noqa: E402
 from training.trainer import checkpoints, optimizers  # noqa: E402
 from training.trainer.zero import ZeroEngine, start_processes  # noqa: E402
 
@@ -79,3 +80,4 @@ def finish(training, max_steps):
 
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))
+    leave(0)

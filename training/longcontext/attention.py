@@ -7,9 +7,10 @@ log-sum-exp of its scores; two of them merge exactly:
 
     lse = log(exp(lse_a) + exp(lse_b))        out = out_a + (out_b - out_a) sigmoid(lse_b - lse_a)
 
-(the sigmoid is exp(lse_b - lse): Ring Attention, Liu et al. 2023; FlashAttention-2, Dao 2023, section 3.1). The
-backward of a block, given the merged out and lse, is its exact share of the gradients. Attention is causal, so
-when chunks are worked off in reverse every later chunk has already added its share to a chunk's dk and dv.
+(the sigmoid is exp(lse_b - lse): Ring Attention, Liu et al. 2023; FlashAttention-2, Dao 2023, section 3.1).
+The backward of a block, given the merged out and lse, is its exact share of the gradients. Attention is
+causal, so when chunks are worked off in reverse every later chunk has already added its share to a chunk's
+dk and dv.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from training.longcontext import kernels
 from training.longcontext.blocks import Block, blocks
+from training.longcontext.cpu_flash import merge
 from training.longcontext.errors import Unsupported
 from training.longcontext.pages import Pages
 
@@ -42,9 +44,10 @@ class KeysKnown(Exception):
 class Visit:
     """One call of one layer on one chunk, as its attention sees it.
 
-    `rows`: by batch row (or one entry for all rows) where its documents begin. `only_keys`: stop once keys and
-    values are known. `write`: put them in the pages. `kept`: the output and log-sum-exp of the forward pass;
-    after a forward, what may be kept. `calls`: how often attention ran; anything but 1 is not supported.
+    `rows`: by batch row (or one entry for all rows) where its documents begin. `only_keys`: stop once keys
+    and values are known. `write`: put them in the pages. `kept`: the output and log-sum-exp of the forward
+    pass; after a forward, what may be kept. `calls`: how often attention ran; anything but 1 is not
+    supported.
     """
 
     pages: Pages
@@ -99,6 +102,7 @@ def interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         raise RuntimeError("the streamed step's attention was called outside of a streamed step")
     _refuse(module, dropout, others)
     visit.calls += 1
+    query, key, value = _as_autocast(query, key, value)
     width = value.shape[-1]
     if width < query.shape[-1]:  # multi-head latent attention: narrower values
         value = F.pad(value, (0, query.shape[-1] - width))
@@ -106,6 +110,15 @@ def interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     window = _window(attention_mask, sliding_window)
     out = _attend(visit, query, key, value, scale, window, softcap)
     return out[..., :width].transpose(1, 2).contiguous(), None
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's own attention does under autocast: rotary embeddings leave queries and keys in fp32."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
@@ -125,11 +138,23 @@ class _Window(Tensor):
     """What the mask function hands to every layer: no values, only the sliding window (0: none)."""
 
     window: int | None = None  # a slice or a copy of it has none, and is refused
+    problem = "an attention mask that the model builds or changes itself"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Without values most arithmetic fails."""
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except RuntimeError as error:
+            raise Unsupported(cls.problem) from error
 
 
-def mask(mask_function: Callable[..., Any], attention_mask: Tensor | None = None, local_size: int | None = None,
-         **_: Any) -> Tensor:
-    """Transformers' mask interface: no mask, but the window it would have had. Raises Unsupported."""
+def mask(mask_function: Callable[..., Any], attention_mask: Tensor | None = None,
+         local_size: int | None = None, **_: Any) -> Tensor:
+    """Transformers' mask interface: no mask, but the window it would have had. Raises Unsupported.
+
+    Families make masks that no layer of theirs uses, so what is wrong with one is told when a layer does.
+    """
 
     def sees(query: int, key: int) -> bool:
         return bool(mask_function(*(torch.tensor(i) for i in (0, 0, query, key))))
@@ -137,12 +162,14 @@ def mask(mask_function: Callable[..., Any], attention_mask: Tensor | None = None
     if attention_mask is not None:
         raise Unsupported("an attention mask")
     far = local_size or 0
-    if sees(far, far + 1) or not sees(far, far):
-        raise Unsupported("a mask that is not causal")
-    if far and (sees(far, 0) or not sees(far, 1)):
-        raise Unsupported("attention in separate chunks")
     found = torch.empty(1, 1, 1, 0).as_subclass(_Window)
-    found.window = far
+    found.window = None
+    if sees(far, far + 1) or not sees(far, far):
+        found.problem = "a mask that is not causal"
+    elif far and (sees(far, 0) or not sees(far, 1)):
+        found.problem = "attention in separate chunks"
+    else:
+        found.window = far
     return found
 
 
@@ -150,7 +177,7 @@ def _window(attention_mask: Tensor | None, sliding_window: int | None) -> int:
     if attention_mask is not None:
         found = getattr(attention_mask, "window", None)
         if found is None:
-            raise Unsupported("an attention mask that the model builds or changes itself")
+            raise Unsupported(getattr(attention_mask, "problem", _Window.problem))
         return int(found)
     return sliding_window or 0
 
@@ -164,7 +191,7 @@ def _attend(visit: Visit, q: Tensor, k: Tensor, v: Tensor, scale: float, window:
         raise KeysKnown
     visit.kernel = kernels.choose(q.device, q.dtype, q.shape[-1], softcap)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        return _Attention.apply(q, k, v, visit, scale, window)  # type: ignore[no-any-return]
+        return _Attention.apply(q, k, v, visit, scale, window)
     visit.known = forward(visit, q, scale, window)
     return visit.known[0]
 
@@ -191,19 +218,11 @@ def _forward_rows(visit: Visit, q: Tensor, rows: slice, plan: list[Block],
         found = kernels.forward(visit.kernel, q[:, :, part], held.k[rows], held.v[rows], block.kind, scale)
         if len(plan) == 1:
             return found
-        merge(out[:, :, part], lse[:, :, part], *found, first=block.kind == "causal")
+        if block.kind == "causal":  # every row's first block
+            out[:, :, part], lse[:, :, part] = found
+        else:
+            merge(out[:, :, part], lse[:, :, part], *found)
     return out.to(q.dtype), lse
-
-
-def merge(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor, first: bool = False) -> None:
-    """Merge a block's result into `out`, `lse` in place. `first`: nothing is there yet."""
-    if first:
-        out.copy_(out_b)
-        lse.copy_(lse_b)
-        return
-    lse_b = lse_b.to(lse.dtype)
-    out.lerp_(out_b.to(out.dtype), torch.sigmoid(lse_b - lse)[..., None])
-    torch.logaddexp(lse, lse_b, out=lse)
 
 
 class _Attention(torch.autograd.Function):
@@ -215,7 +234,8 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, out, lse)
         ctx.visit, ctx.scale, ctx.window = visit, scale, window
         ctx.types = k.dtype, v.dtype
-        return out
+        # A kept `out` belongs to `visit`, which this node holds: returned itself, both would stay for ever.
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
@@ -235,7 +255,8 @@ def _backward_rows(visit: Visit, given: list[Tensor], rows: slice, plan: list[Bl
     for block, held in visit.pages.sweep(plan, gradients=True):
         part = slice(block.q0 - visit.start, block.q1 - visit.start)
         dout, q, out, lse, dq = (t[:, :, part] for t in given)
-        shares = kernels.backward(visit.kernel, dout, q, held.k[rows], held.v[rows], out, lse, block.kind, scale)
+        shares = kernels.backward(visit.kernel, dout, q, held.k[rows], held.v[rows], out, lse, block.kind,
+                                  scale)
         for total, share in zip((dq, held.dk[rows], held.dv[rows]), shares, strict=True):  # type: ignore[index]
             total += share
 

@@ -9,6 +9,7 @@ exact share, since a probability is exp(score - lse) whatever other keys went in
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from training.longcontext import cpu_flash
 
 log = logging.getLogger(__name__)
 aten: Any = torch.ops.aten
 
 # Scores that the plain kernel holds at once; larger blocks are worked off in pieces of queries.
 MATH_BYTES = 64 << 20
+# A kernel is compared with the plain one on a block of so many tokens before it is used; 16-bit results
+# differ by about 1 % of the largest.
+PROBE_TOKENS = 96
+PROBE_TOLERANCE = 0.04
 
 
 class Kernel(NamedTuple):
@@ -31,18 +37,6 @@ class Kernel(NamedTuple):
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     grouped: bool = False
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out, lse
-
-
-def _cpu_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
-                  scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, scale=scale)
-    return found
 
 
 def _nothing(q: Tensor) -> Tensor:
@@ -62,7 +56,7 @@ def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     wide = _wide(8, dout, q, k, v, out)
     found = aten._scaled_dot_product_flash_attention_backward(
         *wide, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, none, none[:0], scale=scale)
-    return tuple(grad[..., :size] for grad in found)  # type: ignore[return-value]
+    return tuple(grad[..., :size] for grad in found)
 
 
 def _wide(multiple: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -154,36 +148,67 @@ def _pieces(q: Tensor, k: Tensor) -> list[tuple[int, Tensor]]:
     return list(zip(range(0, q.shape[2], rows), q.split(rows, 2), strict=True))
 
 
-FLASH_CPU = Kernel("flash (CPU)", _cpu_forward, _cpu_backward)
+FLASH_CPU = Kernel("flash (CPU)", cpu_flash.forward, cpu_flash.backward)
 FLASH = Kernel("flash", _flash_forward, _flash_backward, grouped=True)
 CUDNN = Kernel("cuDNN", _cudnn_forward, _cudnn_backward)
 EFFICIENT = Kernel("memory-efficient", _efficient_forward, _efficient_backward)
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None = None) -> Kernel:
-    """The kernel for a device, a type and a head dimension; soft-capped scores only have the plain one.
+def candidates(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:
+    """Kernels for a device, a type and a head dimension, fastest first.
 
     | device | types | kernel |
     |---|---|---|
     | CPU | all but fp16 | flash for CPU |
     | CUDA 9.0, 10.0 | fp16, bf16, head dimension <= 128 | cuDNN |
     | CUDA >= 8.0 | fp16, bf16, head dimension <= 256 | flash (FlashAttention 3 or 4 where torch has it) |
-    | CUDA < 8.0, or fp32 | all but fp64 | memory-efficient |
-    | anything else | all | plain |
+    | CUDA | all but fp64 | memory-efficient |
+    | anything | all | plain |
     """
+    if device.type == "cpu":
+        return [FLASH_CPU] if dtype != torch.float16 else [plain()]
+    if device.type != "cuda" or dtype == torch.float64:
+        return [plain()]
+    capability = torch.cuda.get_device_capability(device)
+    found = [EFFICIENT, plain()]
+    if dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0) and head_dim <= 256:
+        found.insert(0, FLASH)
+        if capability in ((9, 0), (10, 0)) and head_dim <= 128 and head_dim % 8 == 0:
+            found.insert(0, CUDNN)
+    return found
+
+
+@functools.cache
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None = None) -> Kernel:
+    """The first candidate that gives the plain kernel's results here; soft-capped scores have only that."""
     if softcap is not None:
         return plain(softcap)
-    if device.type == "cpu":
-        return FLASH_CPU if dtype != torch.float16 else plain()
-    if device.type != "cuda" or dtype == torch.float64:
-        return plain()
-    capability = torch.cuda.get_device_capability(device)
-    half = dtype in (torch.float16, torch.bfloat16)
-    if half and capability in ((9, 0), (10, 0)) and head_dim <= 128 and head_dim % 8 == 0:
-        return CUDNN
-    if half and capability >= (8, 0) and head_dim <= 256:
-        return FLASH
-    return EFFICIENT
+    found = candidates(device, dtype, head_dim)
+    return next((kernel for kernel in found[:-1] if _works(kernel, device, dtype, head_dim)), found[-1])
+
+
+def _works(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a kernel agrees with the plain one on small blocks; why not is logged."""
+    generator = torch.Generator(device).manual_seed(0)
+    dout, q, k, v = (torch.randn(1, heads, PROBE_TOKENS, head_dim, generator=generator,
+                                 device=device).to(dtype) for heads in (4, 4, 2, 2))
+    try:
+        with torch.no_grad():
+            for kind in ("full", "causal"):
+                expected, found = (_results(each, dout, q, k, v, kind) for each in (plain(), kernel))
+                for a, b in zip(expected, found, strict=True):
+                    if not (a.float() - b.float()).abs().max() <= PROBE_TOLERANCE * a.float().abs().max():
+                        log.warning("%s attention is not used: it is off on a %s block", kernel.name, kind)
+                        return False
+    except RuntimeError as error:
+        log.warning("%s attention is not used: %s", kernel.name, str(error).splitlines()[0][:200])
+        return False
+    return True
+
+
+def _results(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, ...]:
+    out, lse = forward(kernel, q, k, v, kind, q.shape[-1] ** -0.5)
+    return out, lse, *backward(kernel, dout, q, k, v, out, lse, kind, q.shape[-1] ** -0.5)
 
 
 def activate_newer_flash(device: torch.device) -> str:

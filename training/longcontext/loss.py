@@ -1,4 +1,5 @@
-"""Cross-entropy of final hidden states, a few positions at a time: the logits of one piece are all that exists.
+"""Cross-entropy of final hidden states, a few positions at a time: the logits of one piece are all that
+exists.
 
 Shapes: B batch, C positions of a chunk, H hidden, V vocabulary.
 """
@@ -80,8 +81,8 @@ def with_gradients(head: Head, hidden: Tensor, targets: Tensor, size: int, sums:
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """As Transformers computes it: logits in fp32 or better."""
-    return F.cross_entropy(logits.flatten(0, 1).to(wide(logits.dtype)), targets.flatten(), ignore_index=IGNORED,
-                           reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1).to(wide(logits.dtype)), targets.flatten(),
+                           ignore_index=IGNORED, reduction="sum")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

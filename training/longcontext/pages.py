@@ -2,9 +2,9 @@
 
 Shapes: B batch, G key heads, S sequence, P keys of a page, D head dimension.
 
-`Resident` holds them on the device as one tensor each, so that a block of keys is a view. `Ring` holds pages on
-the host: the next page travels to the device while the current one is computed with, and changed gradients
-travel back: the device holds two blocks of keys at a time.
+`Resident` holds them on the device as one tensor each, so that a block of keys is a view. `Ring` holds pages
+on the host: the next page travels to the device while the current one is computed with, and changed
+gradients travel back: the device holds two blocks of keys at a time.
 """
 
 from __future__ import annotations
@@ -136,13 +136,15 @@ class Ring:
                 page.saved[index] = self._transfer.save(tensor[here], page.tensors[index][there])
 
     def _load(self, start: int, stop: int, first: int, last: int) -> tuple[list[Tensor], list[Event]]:
-        """Token-major copies of k, v, dk, dv [first:last] on the device, and the events that complete them."""
+        """Token-major copies of k, v, dk, dv [first:last] on the device, and the events that complete them.
+        """
         found = [torch.empty((stop - start, *held.shape[1:]), dtype=held.dtype, device=self._device)
                  for held in self._pages[0].tensors[first:last]]
         events = []
         for page, there, here in self._pieces(start, stop):
             for index, tensor in enumerate(found, first):
-                events.append(self._transfer.load(page.tensors[index][there], tensor[here], page.saved[index]))
+                held, saved = page.tensors[index][there], page.saved[index]
+                events.append(self._transfer.load(held, tensor[here], saved))
         return found, events
 
     def write(self, start: int, k: Tensor, v: Tensor) -> None:

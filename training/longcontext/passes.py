@@ -1,20 +1,20 @@
 """One streamed step at work: the forward pass over layers and chunks, and each layer's backward.
 
-Order: layer-major, chunk-minor. Only one layer's keys and values exist at a time; what a layer was given is in
-the store. Shapes: B batch, S sequence, C chunk, H hidden.
+Order: layer-major, chunk-minor. Only one layer's keys and values exist at a time; what a layer was given is
+in the store. Shapes: B batch, S sequence, C chunk, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from training.longcontext import attention, loss, quantization, tiles
-from training.longcontext.anatomy import Anatomy, Call
+from training.longcontext.anatomy import Anatomy, Call, tensors
 from training.longcontext.errors import Unsupported
 from training.longcontext.inputs import Store
 from training.longcontext.loss import Sums
@@ -46,15 +46,17 @@ class Run:
         size, length = self.policy.chunk_tokens, ids.shape[1]
         self.chunks = [(start, min(start + size, length)) for start in range(0, length, size)]
         self.lowest = 0
+        self.gathered: Callable[[Sequence[Tensor]], AbstractContextManager[Any]] = nullcontext
         self.seed = int(torch.randint(1 << 62, ()).item()) if self.anatomy.model.training else None
         self._length_dependent = bool(self.anatomy.length_dependent())
         self._calls: dict[int, list[Call]] = {}
         self._call_bytes = 0
         self._paged_layer = -1
         self.hidden_type = torch.float32
-        self._autocast = (torch.is_autocast_enabled(ids.device.type), torch.get_autocast_dtype(ids.device.type))
+        device = ids.device.type
+        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    # -- what every part of a step runs inside ---------------------------------------------------------------
+    # -- what every part of a step runs inside -----------------------------------------------------
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -62,7 +64,8 @@ class Run:
         enabled, dtype = self._autocast
         device = self.ids.device.type
         around = torch.autocast(device, dtype=dtype) if enabled else nullcontext()
-        with self.anatomy.mounted(attention.NAME), around, tiles.tiled(self.machine.mlps, self.policy.mlp_tokens):
+        tiling = tiles.tiled(self.machine.mlps, self.policy.mlp_tokens)
+        with self.anatomy.mounted(attention.NAME), around, tiling:
             yield
 
     @contextmanager
@@ -72,14 +75,20 @@ class Run:
             yield
             return
         device = self.ids.device
+        # The CPU generator reads the lowest 32 bits of a seed, and hash(-1) is hash(-2). `torch.manual_seed`
+        # would seed the other devices too, and on a machine without them format a stack for each (1 ms).
+        seed = hash((self.seed, layer + 2, chunk)) & (1 << 62) - 1
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed((self.seed ^ ((layer + 2) << 40)) + chunk & (1 << 62) - 1)
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.default_generators[device.index].manual_seed(seed)
             yield
 
-    # -- calls of the model ---------------------------------------------------------------------------------------
+    # -- calls of the model ------------------------------------------------------------------------
 
     def _span(self, chunk: int) -> tuple[Tensor, int, int]:
-        """Positions of a chunk (with the last one of all added where frequencies depend on it), start, stop."""
+        """Positions of a chunk (with the last one of all added where frequencies depend on it), start, stop.
+        """
         start, stop = self.chunks[chunk]
         positions = self.positions[:, start:stop]
         if self._length_dependent:
@@ -101,7 +110,8 @@ class Run:
             self._calls[chunk] = calls
         return calls
 
-    def _layer(self, layer: int, chunk: int, hidden: Tensor, **options: Any) -> tuple[Tensor, attention.Visit]:
+    def _layer(self, layer: int, chunk: int, hidden: Tensor,
+               **options: Any) -> tuple[Tensor, attention.Visit]:
         """A layer's output (B, C, H) for a chunk. Raises KeysKnown with `only_keys`."""
         start, stop = self.chunks[chunk]
         call = self._call(chunk, layer)
@@ -116,7 +126,7 @@ class Run:
         output: Tensor = found[0] if isinstance(found, tuple) else found
         return output, visit
 
-    # -- forward --------------------------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     def embed(self) -> None:
         """Hidden states of the first layer into the store."""
@@ -135,6 +145,15 @@ class Run:
             hidden, calls = self.anatomy.enter(ids, positions, start)
         self._remember(chunk, calls, stop - start)
         return hidden[:, :stop - start]
+
+    def front(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Those of `parameters` that the first layer's input depends on."""
+        if not parameters:
+            return []
+        with torch.enable_grad(), self._random(-1, 0):
+            hidden, _ = self.anatomy.enter(self.ids[:, :1], self.positions[:, :1], 0)
+        found = _leaves(hidden.grad_fn)
+        return [parameter for parameter in parameters if id(parameter) in found]
 
     def kept(self, layer: int) -> bool:
         """Whether a layer's input is kept for the backward pass."""
@@ -200,7 +219,7 @@ class Run:
                 stack.enter_context(self.machine.weights.on_device(layer, following))
             yield
 
-    # -- loss ---------------------------------------------------------------------------------------------------
+    # -- loss --------------------------------------------------------------------------------------
 
     def _head(self, chunk: int) -> Callable[[Tensor, slice], Tensor]:
         start, _ = self.chunks[chunk]
@@ -232,13 +251,14 @@ class Run:
     def _chunk_loss(self, chunk: int, sums: Sums, scale: Tensor | None) -> Tensor:
         start, stop = self.chunks[chunk]
         key = ("x", len(self.anatomy.layers), chunk)
-        found, gradient = loss.with_gradients(self._head(chunk), self.store.get(key), self.targets[:, start:stop],
-                                              self.policy.loss_tokens, sums, scale)
+        targets, size = self.targets[:, start:stop], self.policy.loss_tokens
+        found, gradient = loss.with_gradients(self._head(chunk), self.store.get(key), targets, size, sums,
+                                              scale)
         self.store.drop(key)
         self.store.put(("dy", chunk), gradient)
         return found
 
-    # -- backward -------------------------------------------------------------------------------------------------
+    # -- backward ----------------------------------------------------------------------------------
 
     def backward_loss(self, sums: Sums, scale: Tensor) -> None:
         """For fp16: through the head with the incoming scale."""
@@ -258,13 +278,15 @@ class Run:
                 self._backward_chunk(layer, chunk, sums, by_input, scale)
         return sums.result()
 
-    def _backward_chunk(self, layer: int, chunk: int, sums: Sums, by_input: bool, scale: Tensor | None) -> None:
+    def _backward_chunk(self, layer: int, chunk: int, sums: Sums, by_input: bool,
+                        scale: Tensor | None) -> None:
         hidden = self._input(layer, chunk).detach().requires_grad_(by_input)
         given = self.store.get(("dy", chunk))
         if scale is not None:
             given = (given * scale).to(given.dtype)
         with torch.enable_grad():
-            output, _ = self._layer(layer, chunk, hidden, write=False, kept=self._kept_attention(layer, chunk))
+            kept = self._kept_attention(layer, chunk)
+            output, _ = self._layer(layer, chunk, hidden, write=False, kept=kept)
         wanted = [*([hidden] if by_input else []), *sums.parameters]
         found = torch.autograd.grad(output, wanted, given, allow_unused=True)
         if by_input:
@@ -281,7 +303,8 @@ class Run:
         while not self._has_input(nearest):
             nearest -= 1
         for below in range(nearest, layer):
-            self.forward_layer(below, again=True)
+            with self.gathered(list(self.anatomy.layers[below].parameters())):
+                self.forward_layer(below, again=True)
 
     def _has_input(self, layer: int) -> bool:
         return ("x", layer, 0) in self.store or ("codes", layer, 0) in self.store
@@ -306,11 +329,8 @@ class Run:
         self.store.drop(("v", layer, chunk))
 
     def _compute_keys(self, layer: int, chunk: int) -> None:
-        with torch.no_grad():
-            try:
-                self._layer(layer, chunk, self._input(layer, chunk), only_keys=True)
-            except attention.KeysKnown:
-                pass
+        with torch.no_grad(), suppress(attention.KeysKnown):
+            self._layer(layer, chunk, self._input(layer, chunk), only_keys=True)
 
     def backward_embed(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of what is in front of the first layer."""
@@ -318,23 +338,27 @@ class Run:
         for chunk, (start, stop) in enumerate(self.chunks):
             with torch.enable_grad():
                 hidden = self._embedded(chunk, start, stop)
-            sums.add(torch.autograd.grad(hidden, parameters, self.store.get(("dy", chunk)), allow_unused=True))
+            given = self.store.get(("dy", chunk))
+            sums.add(torch.autograd.grad(hidden, parameters, given, allow_unused=True))
         return sums.result()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for inner in value:
-            yield from _tensors(inner)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+def _leaves(last: Any) -> set[int]:
+    """Ids of the parameters that a graph begins with."""
+    nodes, seen, found = [last], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(id(getattr(node, "variable", None)))
+        nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def _bytes(calls: Sequence[Call]) -> int:
     """Bytes of all distinct tensors that layers are called with."""
-    found = {id(t): t.numel() * t.element_size() for call in calls for t in _tensors([call.args, call.kwargs])}
+    found = {id(t): t.numel() * t.element_size() for call in calls for t in tensors([call.args, call.kwargs])}
     return max(1, sum(found.values()))
 
 

@@ -63,8 +63,9 @@ class StreamPolicy:
         return wrong
 
     def _words(self) -> list[str]:
-        allowed = {"inputs": PLACES, "encoding": ENCODINGS, "pages": PAGE_PLACES, "keys": ("recompute", "keep"),
-                   "attention": ("recompute", "keep"), "weights": ("resident", "streamed")}
+        allowed = {"inputs": PLACES, "encoding": ENCODINGS, "pages": PAGE_PLACES,
+                   "keys": ("recompute", "keep"), "attention": ("recompute", "keep"),
+                   "weights": ("resident", "streamed")}
         return [f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(words)}."
                 for name, words in allowed.items() if getattr(self, name) not in words]
 
@@ -80,5 +81,6 @@ class StreamPolicy:
 
     def describe(self) -> str:
         """The choices that differ from the defaults, in one line."""
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return ", ".join(changed) or "defaults"
+        chosen = {field.name: getattr(self, field.name) for field in fields(self)
+                  if getattr(self, field.name) != field.default}
+        return ", ".join(f"{name}={value}" for name, value in chosen.items()) or "defaults"

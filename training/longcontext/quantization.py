@@ -1,6 +1,6 @@
 """Group-wise integers for kept layer inputs: a quarter or an eighth of fp32, with an error that is named.
 
-A group of 64 neighbours along the hidden dimension shares one fp16 scale, its largest magnitude over 127 or 7.
+64 neighbours along the hidden dimension share one fp16 scale, their largest magnitude over 127 or 7.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LARGEST = {"int8": 127, "int4": 7}
 
 
 class Packed(NamedTuple):
-    """`codes`: int8 (groups, 64), or two 4-bit codes a byte, uint8 (groups, 32); `scales`: fp16 (groups, 1)."""
+    """`codes`: int8 (groups, 64), or 4-bit pairs, uint8 (groups, 32); `scales`: fp16 (groups, 1)."""
 
     codes: Tensor
     scales: Tensor

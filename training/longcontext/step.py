@@ -34,11 +34,11 @@ class StreamedStep(nn.Module):
     """Exact training steps of a Hugging Face causal LM, PEFT-wrapped or not, in little device memory.
 
     `policy`: sizes and places. `device`: where the work is done; the input embeddings' device by default.
-    `gather(parameters)`: a context in which partitioned parameters are whole (DeepSpeed's ZeRO-3); it is entered
-    once per decoder layer in the forward and once in the backward pass.
+    `gather(parameters)`: a context in which partitioned parameters are whole (DeepSpeed's ZeRO-3); it is
+    entered once per decoder layer in the forward and once in the backward pass.
 
-    Raises Unsupported when the model has a feature that could not be exact, StreamError when the policy cannot
-    be met here.
+    Raises Unsupported when the model has a feature that could not be exact, StreamError when the policy
+    cannot be met here.
     """
 
     def __init__(self, model: nn.Module, policy: StreamPolicy | None = None, *,
@@ -63,26 +63,30 @@ class StreamedStep(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Loss of (B, S) ids against (B, S) labels, -100 for no loss; fp32 or better, shifted as Transformers does.
+        """Loss of (B, S) ids against (B, S) labels, -100 for no loss; fp32 or better, shifted as
+        Transformers does.
 
         `position_ids` (B, S) or (1, S): a position that does not follow its left neighbour begins a document,
         and documents do not see each other. `attention_mask` (B, S): only padding on the right, which changes
         nothing. `reduction`: "mean" over label tokens, or "sum".
         """
         _check(input_ids, labels, attention_mask, reduction)
+        _in_vocabulary(input_ids, labels, self._machine.anatomy)
         targets = shifted(labels).to(self._device)
         count = int((targets != IGNORED).sum())
         if not count and reduction == "mean":
-            raise StreamError("No label is left to train on: all are -100, or only the first position has one.")
+            raise StreamError("No label is left to train on: all are -100, or only the first position has "
+                              "one.")
         positions, rows = _documents(input_ids, position_ids, self._device)
         anatomy = self._machine.anatomy
         self._machine.store.clear()
         training = torch.is_grad_enabled() and any(p.requires_grad for p in anatomy.model.parameters())
-        run = Run(self._machine, self._room(input_ids.shape[1]), input_ids.to(self._device), targets, positions,
-                  rows, training)
+        room = self._room(input_ids.shape[1])
+        run = Run(self._machine, room, input_ids.to(self._device), targets, positions, rows, training)
+        run.gathered = self.gathered
         self._current = run
-        with run.at_work():
-            total = _Chain(self, run).loss() if training else _value(run)
+        with torch.inference_mode(False), torch.set_grad_enabled(training), run.at_work():
+            total = _Chain(self, run).loss() if training else _value(self, run)
         return total / count if reduction == "mean" else total
 
     def _room(self, length: int) -> pages.Pages:
@@ -100,7 +104,8 @@ class StreamedStep(nn.Module):
     def check_current(self, run: Run) -> None:
         """A step's stores hold one step. Raises StreamError."""
         if run is not self._current:
-            raise StreamError("This loss belongs to an earlier step: call backward() before the next step, once.")
+            raise StreamError("This loss belongs to an earlier step: call backward() before the next step, "
+                              "once.")
 
     def finish(self) -> None:
         """Forget what the step stored; buffers stay for the next one."""
@@ -108,12 +113,16 @@ class StreamedStep(nn.Module):
         self._current = None
 
 
-def _value(run: Run) -> Tensor:
+def _value(step: StreamedStep, run: Run) -> Tensor:
     """The loss alone."""
-    run.embed()
-    for layer in range(len(run.anatomy.layers)):
-        run.forward_layer(layer)
-    return run.loss((), early=False)[0]
+    anatomy = run.anatomy
+    with step.gathered(anatomy.outside):
+        run.embed()
+    for index, layer in enumerate(anatomy.layers):
+        with step.gathered(list(layer.parameters())):
+            run.forward_layer(index)
+    with step.gathered(anatomy.outside):
+        return run.loss((), early=False)[0]
 
 
 class _Chain:
@@ -124,18 +133,20 @@ class _Chain:
         anatomy = run.anatomy
         self._outside = [p for p in anatomy.outside if p.requires_grad]
         self._inside = [[p for p in layer.parameters() if p.requires_grad] for layer in anatomy.layers]
+        self._front: list[Tensor] = []
         self._open = ExitStack()
-        if not self._outside:
-            run.lowest = next(index for index, found in enumerate(self._inside) if found)
 
     def loss(self) -> Tensor:
         """Summed loss with its graph."""
         run, outside = self._run, self._run.anatomy.outside
         with self._step.gathered(outside):
             run.embed()
+            self._front = run.front(self._outside)
             token = torch.zeros((), device=run.ids.device, requires_grad=True)
-            if self._outside:
-                token = _Node.apply(token, token, self._embed_backward, *self._outside)
+            if self._front:
+                token = _Node.apply(token, token, self._embed_backward, *self._front)
+            else:
+                run.lowest = next((i for i, trained in enumerate(self._inside) if trained), len(self._inside))
         for layer, trained in enumerate(self._inside):
             with self._step.gathered(list(run.anatomy.layers[layer].parameters())):
                 run.forward_layer(layer)
@@ -156,23 +167,24 @@ class _Chain:
         """Gather what follows; what came before has left its gradients by now and is let go."""
         self._open.close()
         self._open.enter_context(self._step.gathered(parameters))
-        torch.autograd.Variable._execution_engine.queue_callback(self._open.close)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._open.close)
 
     def _loss_backward(self, sums: Sums, scale: Tensor, early: bool) -> list[Tensor | None]:
         self._step.check_current(self._run)
         self._enter(self._run.anatomy.outside)
         self._scale: Tensor | None = scale if early else None
-        if early:
-            return sums.result(scale)
-        with self._run.at_work():
-            self._run.backward_loss(sums, scale)
-        return sums.result()
+        if not early:
+            with self._run.at_work():
+                self._run.backward_loss(sums, scale)
+        if self._run.lowest == len(self._inside):
+            self._step.finish()
+        return sums.result(scale if early else 1.0)
 
     def _layer_backward(self, layer: int) -> Callable[[Tensor], list[Tensor | None]]:
         def backward(_: Tensor) -> list[Tensor | None]:
             run, top = self._run, layer == len(self._inside) - 1
             self._enter(list(run.anatomy.layers[layer].parameters()))
-            by_input = layer > run.lowest or bool(self._outside)
+            by_input = layer > run.lowest or bool(self._front)
             with run.at_work():
                 found = run.backward_layer(layer, self._inside[layer], by_input, self._scale if top else None)
             if not by_input:
@@ -183,7 +195,7 @@ class _Chain:
     def _embed_backward(self, _: Tensor) -> list[Tensor | None]:
         self._enter(self._run.anatomy.outside)
         with self._run.at_work():
-            found = self._run.backward_embed(self._outside)
+            found = self._run.backward_embed(self._front)
         self._step.finish()
         return found
 
@@ -209,18 +221,27 @@ def _refuse(anatomy: Anatomy, policy: StreamPolicy) -> None:
     for kind in getattr(config, "layer_types", None) or ():
         if any(word in kind for word in UNSUPPORTED_LAYERS):
             raise Unsupported(f"layers of type {kind}")
+    if not anatomy.uses_interface:
+        raise Unsupported(f"{type(anatomy.model).__name__} does not use Transformers' attention interface")
+    if any(isinstance(module, nn.Conv1d) for layer in anatomy.layers for module in layer.modules()):
+        raise Unsupported("convolutions over tokens")
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise Unsupported("token embeddings that enter at every layer")
     if getattr(config, "num_kv_shared_layers", 0):
         raise Unsupported("layers that share keys and values")
     if getattr(config, "output_router_logits", False):
-        raise Unsupported("the router's auxiliary loss; set output_router_logits to false in the model's config")
+        raise Unsupported("the router's auxiliary loss; set output_router_logits to false in the model's "
+                          "config")
     if policy.keep_every > len(anatomy.layers):
-        raise StreamError(f"keep_every is {policy.keep_every} and the model has {len(anatomy.layers)} layers.")
+        raise StreamError(f"keep_every is {policy.keep_every} and the model has {len(anatomy.layers)} "
+                          "layers.")
 
 
 def _check(ids: Tensor, labels: Tensor, mask: Tensor | None, reduction: str) -> None:
     """Bad input, before any work. Raises StreamError or Unsupported."""
     if ids.dim() != 2 or ids.shape != labels.shape:
-        raise StreamError(f"input_ids is {tuple(ids.shape)} and labels {tuple(labels.shape)}; both must be (B, S).")
+        raise StreamError(f"input_ids is {tuple(ids.shape)} and labels {tuple(labels.shape)}; both must be "
+                          "(B, S).")
     if ids.shape[0] < 1 or ids.shape[1] < 2:
         raise StreamError(f"input_ids is {tuple(ids.shape)}; a sequence needs two tokens at least.")
     if reduction not in ("mean", "sum"):
@@ -235,12 +256,23 @@ def _check(ids: Tensor, labels: Tensor, mask: Tensor | None, reduction: str) -> 
         raise StreamError("Padding has labels; set them to -100.")
 
 
+def _in_vocabulary(ids: Tensor, labels: Tensor, anatomy: Anatomy) -> None:
+    """A GPU tells of a row that does not exist long after, and without its number. Raises StreamError."""
+    size = getattr(anatomy.model.get_input_embeddings(), "num_embeddings", None)
+    if size is None:
+        return
+    for name, values in (("input_ids", ids), ("labels", labels.masked_fill(labels == IGNORED, 0))):
+        low, high = (int(value) for value in values.aminmax())
+        if low < 0 or high >= size:
+            raise StreamError(f"{name} has the token {low if low < 0 else high}; the vocabulary has {size}.")
+
+
 def _documents(ids: Tensor, positions: Tensor | None,
                device: torch.device) -> tuple[Tensor, Sequence[Sequence[int]]]:
     """Positions (1 or B, S) on the device and, by row or once for all, where documents begin."""
     if positions is None:
         return torch.arange(ids.shape[1], device=device)[None], ((0,),)
-    if positions.dim() != 2 or positions.shape[1] != ids.shape[1] or positions.shape[0] not in (1, ids.shape[0]):
+    if positions.shape not in ((1, ids.shape[1]), ids.shape):
         raise StreamError(f"position_ids is {tuple(positions.shape)} and input_ids {tuple(ids.shape)}.")
     begins = (positions[:, 1:] != positions[:, :-1] + 1).cpu()
     rows = [(0, *(row.nonzero().flatten() + 1).tolist()) for row in begins]

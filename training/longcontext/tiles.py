@@ -1,7 +1,7 @@
 """An MLP inside a chunk, a tile of positions at a time, so that its wide inner activations stay small.
 
-The tile's inner activations are rebuilt in the backward pass, which costs one more MLP forward (TiledMLP, Arctic
-Long Sequence Training, Bekman et al. 2025). Exact: an MLP treats every position by itself.
+The tile's inner activations are rebuilt in the backward pass, which costs one more MLP forward (TiledMLP,
+Arctic Long Sequence Training, Bekman et al. 2025). Exact: an MLP treats every position by itself.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Tiled(torch.autograd.Function):
         ctx.plain, ctx.tile, ctx.random, found = plain, tile, [], torch.empty_like(x)
         for start in range(0, x.shape[1], tile):
             ctx.random.append(_state(x.device))
-            found[:, start:start + tile] = _one(plain, x[:, start:start + tile])
+            found[:, start:start + tile] = _one(plain, x[:, start:start + tile].contiguous())
         ctx.save_for_backward(x, *parameters)
         return found
 
@@ -72,7 +72,7 @@ class _Tiled(torch.autograd.Function):
         after = _state(x.device)
         for index, start in enumerate(range(0, x.shape[1], ctx.tile)):
             part = slice(start, start + ctx.tile)
-            piece = x[:, part].detach().requires_grad_()
+            piece = x[:, part].detach().contiguous().requires_grad_()
             _set_state(x.device, ctx.random[index])
             with torch.enable_grad():
                 found = ctx.plain(piece)

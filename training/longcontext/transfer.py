@@ -6,6 +6,8 @@ On a device without streams (a CPU) a copy is done when the call returns and an 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,12 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 Event = Any
+
+
+# One host allocation. Beyond 32 MiB glibc maps memory of its own, so slabs leave no holes in the heap; and
+# PyTorch rounds pinned allocations up to powers of two, which slabs are already.
+SLAB_BYTES = 64 << 20
+ALIGNMENT = 64
 
 
 class Transfer:
@@ -25,18 +33,31 @@ class Transfer:
         self._streams = device.type == "cuda"
         self._down = torch.cuda.Stream(device) if self._streams else None
         self._up = torch.cuda.Stream(device) if self._streams else None
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+        self.bytes_held = 0  # of all buffers cut so far
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A host buffer; when no more memory can be pinned, an ordinary one from then on, with a warning."""
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A host buffer cut from a slab: to be kept and reused, since slabs are only freed as a whole."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._used + size > self._slab.numel():
+            self._slab, self._used = self._allocate(max(size, SLAB_BYTES)), 0
+        found = self._slab[self._used:self._used + size].view(dtype).view(tuple(shape))
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
+        self.bytes_held += size
+        return found
+
+    def _allocate(self, size: int) -> Tensor:
+        """When no more memory can be pinned, ordinary memory from then on, with a warning."""
         if self.pinned:
             try:
-                return torch.empty(shape, dtype=dtype, pin_memory=True)
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 self.pinned = False
-                log.warning("No more host memory can be pinned (%s); layer inputs go to ordinary memory, whose "
+                log.warning("No more host memory can be pinned (%s); the rest goes to ordinary memory, whose "
                             "copies do not run beside the computation. `ulimit -l` is the usual limit.",
                             str(error).splitlines()[0][:120])
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(size, dtype=torch.uint8)
 
     def save(self, source: Tensor, target: Tensor) -> Event:
         """Copy device -> host; the event ends it. The source may be dropped at once."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from training import models, weights
 from training.errors import CannotWrite, DoesNotFit, raise_all
-from training.planning import choices, limits, memory, situation, tiers, timing
+from training.longcontext.policy import StreamPolicy
+from training.planning import choices, limits, memory, policies, situation, streaming, tiers, timing
 from training.planning.limits import Candidate, gib, hours
 from training.planning.situation import Situation
 from training.records import BaseModel, Choice, HardwareProfile, Limit, Plan, RepositoryFacts, Request
@@ -34,13 +36,12 @@ class OptimalConfigCalculator:
         """
         place, problems = situation.build(request, self.profile, base, facts, self.tiers)
         raise_all(problems)
-        plain = [self._candidate(place, row.context_tokens, "derived", "") for row in self.tiers
-                 if not row.streamed]
-        verdicts = limits.verdicts(place, plain)
+        rows = [self._candidate(place, row.context_tokens, "derived", "") for row in self.tiers]
+        verdicts = limits.verdicts(place, rows)
         chosen, notes = self._choose(place, verdicts)
         values = {name: choice.value for name, choice in chosen.choices.items()}
         raise_all(contradictions(values))
-        _check_fit(place, chosen, verdicts)
+        _check_fit(place, chosen, verdicts, self._instead(place, chosen))
         chosen, more = _within_hours(place, chosen)
         return Plan(tier=chosen.tier, context_tokens=chosen.context_tokens, base_model=place.base.location,
                     target_tokens=int(chosen.choices["dataset.target_tokens"].value), choices=chosen.choices,
@@ -90,10 +91,52 @@ class OptimalConfigCalculator:
         return last or self._candidate(place, place.max_context, "measured", "the base's own limit"), []
 
     def _candidate(self, place: Situation, context: int, source: str, why: str) -> Candidate:
-        """One window length, with activations kept if they fit and recomputed if not."""
-        worked = [self._worked(place, choices.window_of(place, context, source, why, recompute))
-                  for recompute in (False, True)]
-        return next((c for c in worked if c.memory.device_bytes <= place.device_bytes), worked[-1])
+        """One window length: activations kept if they fit, recomputed if not, or the streamed step."""
+        wanted = policies.asked(place)
+        if wanted:
+            return self._streamed(place, choices.window_of(place, context, source, why), place.user)[0]
+        windows = [choices.window_of(place, context, source, why, recompute) for recompute in (False, True)]
+        plain = [self._worked(place, replace(window, step_why=policies.PLAIN)) for window in windows]
+        fitting = next((c for c in plain if c.memory.device_bytes <= place.device_bytes), None)
+        if wanted is False or context < policies.LEAST_CONTEXT:
+            return fitting or plain[-1]
+        if fitting and not policies.worth_a_try(place, context):
+            return fitting
+        return self._compared(place, windows[0], fitting, plain[-1])
+
+    def _compared(self, place: Situation, window: choices.Window, fitting: Candidate | None,
+                  plain: Candidate) -> Candidate:
+        """The streamed step where the plain one does not fit or is slower."""
+        streamed, over = self._streamed(place, window, place.user)
+        if fitting is None:
+            closer = plain.memory.device_bytes / max(1, place.device_bytes) < over
+            return plain if over > 1 and closer else streamed
+        if over > 1 or not policies.preferred(place, fitting, streamed):
+            return fitting
+        return streamed
+
+    def _streamed(self, place: Situation, window: choices.Window,
+                  user: Mapping[str, Any]) -> tuple[Candidate, float]:
+        """The best streamed step for a window, and by how much it is over what the machine has."""
+        first = choices.derive(place, replace(window, stream=StreamPolicy(), stream_why=policies.OPEN))
+        values = {name: choice.value for name, choice in first.items()}
+        fit = policies.choose(place, values, user)
+        window = replace(window, stream=fit.policy, step_why=policies.step_why(place, window.context_tokens),
+                         stream_why=policies.why(fit, place.device))
+        return self._worked(place, window), fit.over
+
+    def _instead(self, place: Situation, chosen: Candidate) -> str:
+        """For a step that does not fit as the user's stream.* keys set it: a policy that does."""
+        own = [name for name in place.user if name.startswith("stream.")]
+        if not own:
+            return ""
+        free = replace(place, user={k: v for k, v in place.user.items() if not k.startswith("stream.")})
+        other, over = self._streamed(free, choices.window_of(free, chosen.context_tokens, "user", ""), {})
+        if over > 1:
+            return ""
+        changed = {name: choice.value for name, choice in other.choices.items()
+                   if name in place.user and name.startswith("stream.") and choice.value != place.user[name]}
+        return "Nearest setting that fits: " + " ".join(f"--set {k}={v}" for k, v in changed.items()) + "."
 
     def _worked(self, place: Situation, window: choices.Window) -> Candidate:
         chosen = choices.derive(place, window)
@@ -101,7 +144,8 @@ class OptimalConfigCalculator:
         return Candidate(
             context_tokens=window.context_tokens, target_tokens=window.target_tokens,
             tier=tiers.tier_of(window.context_tokens, self.tiers), choices=chosen,
-            memory=memory.estimate(place.base, values, place.repository_tokens, _download_bytes(place.base)),
+            memory=streaming.estimate(place.base, values, place.repository_tokens,
+                                      _download_bytes(place.base)),
             schedule=timing.schedule(place.base.shape, values, place.profile, place.facts.code_bytes))
 
 
@@ -121,24 +165,26 @@ def _download_bytes(base: BaseModel) -> int:
     return 0 if local or weights.cached_folder(base.location) else 2 * base.shape.total_parameters
 
 
-def _check_fit(place: Situation, chosen: Candidate, verdicts: dict[str, Limit]) -> None:
+def _check_fit(place: Situation, chosen: Candidate, verdicts: dict[str, Limit], instead: str) -> None:
+    """Raise DoesNotFit or CannotWrite; `instead` names a setting that fits, if one is known."""
     need, room = chosen.memory.device_bytes, place.device_bytes
+    nearest = {name: instead or _nearest(verdicts[name], chosen) for name in ("device_memory", "host_memory")}
     if need > room:
         name, size = memory.largest_term(chosen.memory)
         raise DoesNotFit(f"This run needs {gib(need)} GiB at {chosen.context_tokens:,} tokens; {gib(room)} "
                          "GiB of "
                          f"{'device memory' if place.device == 'cuda' else 'memory'} is usable. The "
                          "largest term is "
-                         f"{name} ({gib(size)} GiB). {_nearest(verdicts['device_memory'], chosen)}")
+                         f"{name} ({gib(size)} GiB). {nearest['device_memory']}")
     if chosen.memory.host_bytes > place.host_bytes and place.device == "cuda":
         raise DoesNotFit(f"This run needs {gib(chosen.memory.host_bytes)} GiB of host memory; "
                          f"{gib(place.host_bytes)} "
-                         f"GiB is usable. {_nearest(verdicts['host_memory'], chosen)}")
+                         f"GiB is usable. {nearest['host_memory']}")
     if chosen.memory.disk_bytes > place.profile.disk_free_bytes:
         raise CannotWrite(f"This run writes {gib(chosen.memory.disk_bytes)} GiB; "
                           f"{gib(place.profile.disk_free_bytes)} "
-                          "GiB is free on its disk. Free some, give --output on another disk, or set "
-                          "training.keep_checkpoints=1.")
+                          f"GiB is free on its disk. {instead}".rstrip()
+                          + " Free some, give --output on another disk, or set training.keep_checkpoints=1.")
 
 
 def _nearest(limit: Limit, chosen: Candidate) -> str:
@@ -181,6 +227,13 @@ def _notes(place: Situation, chosen: Candidate) -> Iterable[str]:
         yield (f"The repository has about {place.repository_tokens:,} tokens, fewer than the window of "
                f"{context:,}; "
                "windows will be shorter.")
+    if chosen.choices["stream.inputs"].value == "disk":
+        values = {name: choice.value for name, choice in chosen.choices.items()}
+        written = streaming.costs_of(shape, values, batch=1).moved["written"]
+        yield f"Each window writes about {gib(written)} GiB of layer inputs to disk, which wears an SSD."
+    if chosen.choices["stream.encoding"].value != "exact":
+        yield (f"stream.encoding {chosen.choices['stream.encoding'].value} is lossy: kept layer inputs are "
+               "rounded, so the gradients are not the plain step's.")
     if shape.parameters.get("experts") and chosen.choices["model.quantization"].value == "nf4":
         yield (f"The experts ({gib(2 * shape.parameters['experts'])} GiB) stay in 16 bit: bitsandbytes "
                "quantizes "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from training.longcontext.policy import StreamPolicy
 from training.planning.situation import Situation
+from training.planning.streaming import stream_choices
 from training.planning.tiers import tier_of
 from training.planning.timing import window_s, windows_in
 from training.records import Choice
@@ -31,8 +33,8 @@ LOGITS_BYTES = 512 << 20         # of one chunk's logits and their gradients
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The window a plan is made for, and why. `recompute`: activations are computed again in the backward
-    pass."""
+    """The window a plan is made for, and why. `recompute`: the plain step recomputes activations. `stream`:
+    the streamed step's policy, or None for the plain step; `step_why`: why that step."""
 
     context_tokens: int
     target_tokens: int
@@ -40,6 +42,9 @@ class Window:
     source: str
     why: str
     recompute: bool = False
+    stream: StreamPolicy | None = None
+    step_why: str = ""
+    stream_why: Mapping[str, str] = field(default_factory=dict)
 
 
 class Chooser(Mapping[str, Any]):
@@ -76,16 +81,11 @@ class Chooser(Mapping[str, Any]):
 
 
 def window_of(situation: Situation, context: int, source: str, why: str, recompute: bool = False) -> Window:
-    """The window for a context: the target and rank of its tier; below the table the whole window is
-    target."""
+    """The window for a context: its tier's target and rank; below the table all of it is target."""
     number = tier_of(context, situation.tiers)
-    if not number:
-        first = situation.tiers[0]
-        return Window(context_tokens=context, target_tokens=context, rank=first.lora_rank, source=source,
-                      why=why, recompute=recompute)
-    row = situation.tiers[number - 1]
-    return Window(context_tokens=context, target_tokens=row.target_tokens, rank=row.lora_rank, source=source,
-                  why=why, recompute=recompute)
+    row = situation.tiers[max(0, number - 1)]
+    return Window(context_tokens=context, target_tokens=row.target_tokens if number else context,
+                  rank=row.lora_rank, source=source, why=why, recompute=recompute)
 
 
 def derive(situation: Situation, window: Window) -> dict[str, Choice]:
@@ -112,19 +112,18 @@ def _device(chooser: Chooser, situation: Situation) -> None:
                        f"{gpus} x {profile.gpus[0].name}" if gpus else "no GPU was found")
     chooser.put("device.count", max(1, gpus) if kind == "cuda" else 1, "measured",
                 "one process for each GPU" if kind == "cuda" else "one process uses every core")
-    chooser.put("device.threads", 0, "derived", f"all {profile.cpu_cores} cores, shared out among the "
-                                                "processes")
+    chooser.put("device.threads", 0, "derived",
+                f"all {profile.cpu_cores} cores, shared out among the processes")
 
 
 def _model(chooser: Chooser, situation: Situation, window: Window) -> None:
     base, embedded = situation.base, situation.embedded
     native = window.context_tokens if embedded else base.shape.native_context
     user_base = situation.request.base_model not in ("", "auto")
-    chooser.force(
-        "model.base", base.location, "user" if user_base else "measured",
-        f"{base.name}, {base.shape.total_parameters / 1e6:,.1f} M parameters, {base.licence}")
-    chooser.put("model.revision", "", "derived", "the newest in the cache or on the "
-                                                 "hub" if not embedded else "unused")
+    chooser.force("model.base", base.location, "user" if user_base else "measured",
+                  f"{base.name}, {base.shape.total_parameters / 1e6:,.1f} M parameters, {base.licence}")
+    newest = "unused" if embedded else "the newest in the cache or on the hub"
+    chooser.put("model.revision", "", "derived", newest)
     chooser.put("model.context_native", native, "derived",
                 "made for this window" if embedded else "from the base's config.json")
     factor = window.context_tokens / native
@@ -187,8 +186,8 @@ def _capability(text: str) -> float:
 def _adapter(chooser: Chooser, situation: Situation, window: Window) -> None:
     lora = chooser["lora.enabled"]
     rank = chooser.put("lora.rank", window.rank, "preset",
-                       f"configs/tiers.yaml at {window.context_tokens:,} tokens" if lora else "unused: no "
-                                                                                              "adapter")
+                       f"configs/tiers.yaml at {window.context_tokens:,} tokens" if lora else
+                       "unused: no adapter")
     chooser.put("lora.alpha", 2 * rank, "derived", "twice the rank" if lora else "unused: no adapter")
     chooser.put("lora.dropout", 0.0, "derived",
                 "none, so that recomputed activations equal the first" if lora else "unused: no adapter")
@@ -213,8 +212,7 @@ def _dataset(chooser: Chooser, situation: Situation, window: Window) -> None:
     if situation.embedded:
         fim, why = 0.0, "the few tokens it sees are spent on left-to-right text"
     chooser.put("dataset.fim_share", fim, "derived", why)
-    chooser.put("dataset.max_file_bytes", 1 << 20, "preset", "larger source files are nearly always "
-                                                             "generated")
+    chooser.put("dataset.max_file_bytes", 1 << 20, "preset", "larger source files are mostly generated")
 
 
 def _deepspeed(chooser: Chooser, situation: Situation, window: Window) -> None:
@@ -238,16 +236,20 @@ def _stage(chooser: Chooser, situation: Situation, window: Window) -> tuple[int,
         if kind == "cuda" and not chooser["lora.enabled"] and weights > situation.device_bytes / 2:
             return 3, f"{count} devices share out the weights, which fill more than half of one"
         return 2, f"{count} devices share out gradients and optimizer state"
-    if kind == "cpu" or situation.embedded:
-        return 0, "one process on a CPU, or a small model, gains nothing from ZeRO"
     tier = tier_of(window.context_tokens, situation.tiers)
+    if situation.embedded or (kind == "cpu" and not window.stream):
+        return 0, "one process on a CPU, or a small model, gains nothing from ZeRO"
     if tier <= 2:
         return 0, f"one device at tier {tier} needs no DeepSpeed"
+    if kind == "cpu":
+        return 2, f"tier {tier} runs under DeepSpeed everywhere; on one CPU it changes no figure but the start"
     return 2, f"tier {tier}: optimizer state moves to the host"
 
 
 def _memory_savers(chooser: Chooser, situation: Situation, window: Window) -> None:
-    if situation.device == "cpu" and situation.embedded and not window.recompute:
+    if window.stream:
+        why = "the streamed step computes activations again by itself"
+    elif situation.device == "cpu" and situation.embedded and not window.recompute:
         why = "memory suffices, and recomputing would cost a third of the time"
     else:
         why = "only each layer's input is kept" if window.recompute else "every layer's activations fit"
@@ -257,7 +259,8 @@ def _memory_savers(chooser: Chooser, situation: Situation, window: Window) -> No
     chooser.put("training.loss_chunk_tokens", chunk, "derived",
                 f"logits of {chunk:,} x {situation.base.shape.vocab:,} with their gradients take about "
                 f"{16 * chunk * situation.base.shape.vocab / 2**20:,.0f} MiB")
-    chooser.put("stream.chunk_tokens", 0, "derived", "this version has no streamed step")
+    for name, (value, why) in stream_choices(window.stream, window.step_why, window.stream_why).items():
+        chooser.put(name, value, "derived", why)
 
 
 def _evaluation(chooser: Chooser, situation: Situation) -> None:
@@ -272,14 +275,14 @@ def _evaluation(chooser: Chooser, situation: Situation) -> None:
 def _batch(chooser: Chooser, situation: Situation) -> None:
     context, count = int(chooser["dataset.context_tokens"]), int(chooser["device.count"])
     windows = windows_in(situation.facts.code_bytes, chooser)
-    if situation.embedded:
+    if situation.embedded and not chooser["stream.chunk_tokens"]:
         fits = max(1, EMBEDDED_MICRO_TOKENS // context)
         micro = chooser.put("training.micro_batch", max(1, min(fits, windows // EPOCH_STEPS)), "derived",
                             f"about {EMBEDDED_MICRO_TOKENS:,} tokens at once; more is no faster on a CPU")
         wanted, unit = max(1, EMBEDDED_STEP_TOKENS // (micro * context)), f"{EMBEDDED_STEP_TOKENS:,} tokens"
     else:
         micro = chooser.put("training.micro_batch", 1, "derived", "long windows fill the device one at a "
-                                                                  "time")
+                                                              "time")
         wanted, unit = max(1, BASE_STEP_WINDOWS // (micro * count)), f"{BASE_STEP_WINDOWS} windows"
         if chooser["device.kind"] == "cpu":
             each_s = window_s(situation.base.shape, chooser, situation.profile) * micro
@@ -319,8 +322,7 @@ def _optimizer(chooser: Chooser, situation: Situation) -> None:
 
 
 def _length(chooser: Chooser, situation: Situation) -> None:
-    """Epochs and seconds. On a CPU, and for the embedded model, the seconds decide unless the user set a
-    length."""
+    """Epochs and seconds. On a CPU and for the embedded model the seconds decide, unless a length was set."""
     chooser.put("training.max_steps", 0, "derived", "the epochs decide")
     per_window_s = window_s(situation.base.shape, chooser, situation.profile)
     budget_s, why = _budget(chooser, situation)
@@ -360,9 +362,8 @@ def _rest(chooser: Chooser, situation: Situation) -> None:
     name = f"{situation.base.name}-{situation.facts.name or 'repository'}"
     chooser.put("run.name", name, "derived", "base and repository")
     chooser.put("run.seed", 1234, "preset", "the same run twice gives the same weights")
+    about = "about 4 M parameters, trained in minutes" if situation.embedded else "unused: not that base"
     for key in KEYS:
         if key.name.startswith("embedded."):
-            chooser.put(key.name, key.default, "preset", "about 4 M parameters, the size two CPU cores "
-                                                         "train in minutes"
-                        if situation.embedded else "unused: the base has its own sizes")
+            chooser.put(key.name, key.default, "preset", about)
 

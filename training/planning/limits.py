@@ -49,19 +49,17 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds < 5 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
-def verdicts(situation: Situation, plain: Sequence[Candidate]) -> dict[str, Limit]:
-    """The highest tier each limit alone allows. `plain`: tiers that need no streamed step, ascending."""
-    streamed = _streamed_note(situation.tiers)
+def verdicts(situation: Situation, rows: Sequence[Candidate]) -> dict[str, Limit]:
+    """The highest tier each limit alone allows. `rows`: one candidate for each tier, ascending."""
     return {
-        "device_memory": _judge(plain, situation.device_bytes, lambda c: c.memory.device_bytes, _device_text,
-                                streamed),
-        "host_memory": _judge(plain, situation.host_bytes, lambda c: c.memory.host_bytes,
+        "device_memory": _judge(rows, situation.device_bytes, lambda c: c.memory.device_bytes, _device_text),
+        "host_memory": _judge(rows, situation.host_bytes, lambda c: c.memory.host_bytes,
                               lambda need, room, c: f"needs {gib(need)} of {gib(room)} GiB usable host "
-                                                    "memory", ""),
-        "disk": _judge(plain, situation.profile.disk_free_bytes, lambda c: c.memory.disk_bytes,
-                       lambda need, room, c: f"needs {gib(need)} of {gib(room)} GiB free on disk", ""),
-        "hours": _judge(plain, situation.hours * 3600, lambda c: c.schedule.uncut_s,
-                        lambda need, room, c: f"takes {hours(need)} of {hours(room)} granted", ""),
+                                                    "memory"),
+        "disk": _judge(rows, situation.profile.disk_free_bytes, lambda c: c.memory.disk_bytes,
+                       lambda need, room, c: f"needs {gib(need)} of {gib(room)} GiB free on disk"),
+        "hours": _judge(rows, situation.hours * 3600, lambda c: c.schedule.uncut_s,
+                        lambda need, room, c: f"takes {hours(need)} of {hours(room)} granted"),
         "repository": _tokens_limit(situation.tiers, situation.repository_tokens,
                                     f"the repository has about {situation.repository_tokens:,} tokens"),
         "model": _tokens_limit(situation.tiers, situation.max_context, model_reason(situation)),
@@ -73,24 +71,22 @@ def _device_text(need: float, room: float, candidate: Candidate) -> str:
     return f"needs {gib(need)} of {gib(room)} GiB usable device memory (most: {name}, {gib(size)})"
 
 
-def _judge(plain: Sequence[Candidate], room: float, need_of: Callable[[Candidate], float],
-           text: Callable[[float, float, Candidate], str], beyond: str) -> Limit:
+def _judge(rows: Sequence[Candidate], room: float, need_of: Callable[[Candidate], float],
+           text: Callable[[float, float, Candidate], str]) -> Limit:
     """The last tier up to which all fit, with its own need and that of the next."""
     fitting = 0
-    for candidate in plain:
+    for candidate in rows:
         if need_of(candidate) > room:
             break
         fitting += 1
     parts = []
     if fitting:
-        last = plain[fitting - 1]
+        last = rows[fitting - 1]
         parts.append(f"tier {last.tier} {text(need_of(last), room, last)}")
-    if fitting < len(plain):
-        first = plain[fitting]
+    if fitting < len(rows):
+        first = rows[fitting]
         parts.append(f"{'even ' if not fitting else ''}tier {first.tier} {text(need_of(first), room, first)}")
-    elif beyond:
-        parts.append(beyond)
-    return Limit(tier=plain[fitting - 1].tier if fitting else 0, why="; ".join(parts))
+    return Limit(tier=rows[fitting - 1].tier if fitting else 0, why="; ".join(parts))
 
 
 def _tokens_limit(tiers: Sequence[Tier], room: int, why: str) -> Limit:
@@ -98,11 +94,3 @@ def _tokens_limit(tiers: Sequence[Tier], room: int, why: str) -> Limit:
     following = next((row for row in tiers if row.tier == reached + 1), None)
     more = f"; tier {following.tier} is a window of {following.context_tokens:,}" if following else ""
     return Limit(tier=reached, why=why + more)
-
-
-def _streamed_note(tiers: Sequence[Tier]) -> str:
-    rows = [row.tier for row in tiers if row.streamed]
-    if not rows:
-        return ""
-    names = f"tiers {rows[0]} to {rows[-1]} need" if len(rows) > 1 else f"tier {rows[0]} needs"
-    return f"{names} the streamed step, which this version does not have"

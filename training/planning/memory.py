@@ -170,6 +170,18 @@ def layer_bytes_per_token(shape: ModelShape, values: Mapping[str, Any]) -> float
     return kept + norms + ranks + 4 * _adapter_inputs(targets, shape, shared=e == 4)
 
 
+def inner_bytes_per_token(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """Of `layer_bytes_per_token`, what is kept inside the MLP: the activation's tensors and what the MLP's
+    linear layers or their adapters read."""
+    e, family = element_bytes(values), family_of(shape)
+    kept = float(family.kept * shape.intermediate * e)
+    if not values["lora.enabled"]:
+        return kept + shape.intermediate * e
+    inside = [x for x in adapted(shape, values) if x.name in family.mlp]
+    ranks = 4 * int(values["lora.rank"]) * sum(x.count for x in inside) / shape.layers
+    return kept + ranks + 4 * _adapter_inputs(inside, shape, shared=e == 4)
+
+
 def _adapter_inputs(targets: list[LinearShape], shape: ModelShape, shared: bool) -> float:
     """Numbers that a layer's adapters keep of their inputs."""
     if not shared:

@@ -9,6 +9,7 @@ from typing import Any
 
 from training import models
 from training.errors import EliteError, UsageError
+from training.planning import streaming
 from training.planning.memory import CUDA_RUNTIME_BYTES
 from training.planning.tiers import Tier, tier_of
 from training.planning.timing import TOKENS_PER_BYTE
@@ -58,11 +59,17 @@ class Situation:
 
     @property
     def max_context(self) -> int:
-        """The longest context the base can be trained at: native, or 32 times that where YaRN can be set."""
+        """The longest context the base can be trained at: native, or 32 times that where YaRN can be set, or
+        as far as the model.rope_factor that the user set."""
         shape = self.base.shape
         if self.embedded or not shape.rope or shape.rope_scaled:
             return shape.native_context
-        return MAX_ROPE_FACTOR * shape.native_context
+        return int(max(MAX_ROPE_FACTOR, self.rope_factor) * shape.native_context)
+
+    @property
+    def rope_factor(self) -> float:
+        """YaRN's factor as the user set it; 0 when not."""
+        return float(self.user.get("model.rope_factor", 0.0))
 
     @property
     def device_bytes(self) -> int:
@@ -102,6 +109,7 @@ def build(request: Request, profile: HardwareProfile, base: BaseModel, facts: Re
         base = models.embedded(user)
     situation = Situation(request=request, profile=profile, base=base, facts=facts, tiers=tiers, user=user)
     found += _tier_problems(request, tiers) + _context_problems(situation) + _device_problems(situation)
+    found += [UsageError(text) for text in streaming.problems(user, base.shape.layers, situation.device)]
     if request.max_hours is not None and not (math.isfinite(request.max_hours) and request.max_hours > 0):
         found.append(UsageError(f"--max-hours {request.max_hours:g} grants no time; give a number above 0 "
                                 f"(default {DEFAULT_HOURS:g})."))
@@ -122,17 +130,12 @@ def _flag_problems(key: str, value: Any) -> list[EliteError]:
 
 def _tier_problems(request: Request, tiers: tuple[Tier, ...]) -> list[EliteError]:
     number, last = request.tier, tiers[-1].tier
-    plain = max((row.tier for row in tiers if not row.streamed), default=0)
     if number is None:
         return []
     if not 1 <= number <= last:
         return [UsageError(f"--tier {number}: the table (configs/tiers.yaml) has tiers 1 to {last}; leave "
                            "it out and "
                            "the highest that fits is chosen.")]
-    if tiers[number - 1].streamed:
-        return [UsageError(f"--tier {number} needs the streamed step, which this version does not have; "
-                           "the highest "
-                           f"without it is --tier {plain}.")]
     context = request.context_tokens
     if context is not None and context >= 1 and tier_of(context, tiers) != number:
         return [UsageError(f"--tier {number} is {tiers[number - 1].context_tokens:,} tokens and --context "
@@ -142,7 +145,7 @@ def _tier_problems(request: Request, tiers: tuple[Tier, ...]) -> list[EliteError
 
 
 def _context_problems(situation: Situation) -> list[EliteError]:
-    context, tiers, base = situation.user.get("dataset.context_tokens"), situation.tiers, situation.base
+    context, base = situation.user.get("dataset.context_tokens"), situation.base
     if context is None:
         return _native_problems(situation)
     if context < MIN_CONTEXT:
@@ -150,18 +153,13 @@ def _context_problems(situation: Situation) -> list[EliteError]:
     if context > situation.max_context:
         return [UsageError(f"--context {context:,} is beyond what {base.name} can be trained at: "
                            f"{situation.max_context:,} tokens ({_max_reason(situation)}). "
-                           f"Use --context {situation.max_context}.")]
-    first_streamed = next((row for row in tiers if row.streamed), None)
-    if first_streamed and context >= first_streamed.context_tokens:
-        return [UsageError(f"--context {context:,} needs the streamed step, which this version does not "
-                           "have; the "
-                           f"plain step is offered below {first_streamed.context_tokens:,} tokens.")]
+                           f"Use --context {situation.max_context}{_further(situation, context)}.")]
     return []
 
 
 def _native_problems(situation: Situation) -> list[EliteError]:
     number = situation.request.tier
-    if number is None or not 1 <= number <= len(situation.tiers) or situation.tiers[number - 1].streamed:
+    if number is None or not 1 <= number <= len(situation.tiers):
         return []
     context = situation.tiers[number - 1].context_tokens
     if context <= situation.max_context:
@@ -169,7 +167,15 @@ def _native_problems(situation: Situation) -> list[EliteError]:
     return [UsageError(f"--tier {number} is {context:,} tokens, beyond what {situation.base.name} can be "
                        "trained at: "
                        f"{situation.max_context:,} ({_max_reason(situation)}). "
-                       f"Use --context {situation.max_context}.")]
+                       f"Use --context {situation.max_context}{_further(situation, context)}.")]
+
+
+def _further(situation: Situation, context: int) -> str:
+    """The way past what YaRN was tested at."""
+    shape = situation.base.shape
+    if situation.embedded or not shape.rope or shape.rope_scaled:
+        return ""
+    return f", or try --set model.rope_factor={math.ceil(context / shape.native_context)}"
 
 
 def _max_reason(situation: Situation) -> str:
@@ -180,6 +186,8 @@ def _max_reason(situation: Situation) -> str:
         return "it has no rotary embedding to stretch"
     if shape.rope_scaled:
         return "its rotary embedding is already scaled"
+    if situation.rope_factor > MAX_ROPE_FACTOR:
+        return f"{situation.rope_factor:g} times its native {shape.native_context:,}, as you set it"
     return f"{MAX_ROPE_FACTOR} times its native {shape.native_context:,}, the most YaRN was tested at"
 
 

@@ -11,7 +11,7 @@ def tier_rows() -> list[dict[str, Any]]:
     """The table of tiers for docs/tiers.md."""
     return [{"tier": row.tier, "context_tokens": row.context_tokens, "target_tokens": row.target_tokens,
              "lora_rank": row.lora_rank, "min_vram_gib": row.min_vram_gib, "needs": list(row.needs),
-             "improvement": row.improvement, "offered": not row.streamed} for row in tiers.load()]
+             "improvement": row.improvement} for row in tiers.load()]
 
 
 def preset_rows() -> list[dict[str, Any]]:

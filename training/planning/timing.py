@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from training.longcontext.costs import Rates, step_s
+from training.planning import streaming
 from training.planning.memory import trainable_parameters
 from training.records import HardwareProfile, ModelShape
 from training.shapes import family_of
@@ -19,6 +21,9 @@ from training.shapes import family_of
 # replaces it).
 EFFICIENCY = {"cpu": 0.45, "cuda": 0.5}
 NF4_CPU_EFFICIENCY = 0.3          # unpacking is not overlapped on a CPU
+MEMORY_BYTES_PER_S = {"cpu": 1e10, "cuda": 3e11}
+HOST_BYTES_PER_S = {"pinned": 12e9, "pageable": 6e9}
+DISK_BYTES_PER_S = 1e9
 STARTUP_S = {"cpu": 6.0, "cuda": 20.0}
 LEAST_STEPS = 10                  # the trainer's own least (trainer/pacing.py)
 TOKENS_PER_BYTE = 1 / 3.2         # of code, for a byte-level BPE; the dataset stage counts exactly
@@ -105,8 +110,27 @@ def window_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProf
     linear, attention, _ = rates(values, profile)
     if not linear:
         return math.inf
+    if streaming.streamed(values):
+        found = streaming.costs_of(shape, values, batch=1)
+        return step_s(found, stream_rates(values, profile, found.overlapped))
     flops = window_flops(shape, values)
     return flops.linear / linear + flops.attention / attention
+
+
+def stream_rates(values: Mapping[str, Any], profile: HardwareProfile, overlapped: bool = True) -> Rates:
+    """What the streamed step's formula divides by: measured figures, else those of PCIe 3.0 x16 and an
+    ordinary NVMe disk (assumed). `overlapped`: host memory is pinned."""
+    linear, attention, _ = rates(values, profile)
+    if values["device.kind"] == "cpu":
+        memory = profile.rate("cpu.memory_bandwidth") or MEMORY_BYTES_PER_S["cpu"]
+        up = down = memory
+    else:
+        memory = profile.rate("gpu0.memory_bandwidth") or MEMORY_BYTES_PER_S["cuda"]
+        kind = "pinned" if overlapped else "pageable"
+        up, down = (profile.rate(f"gpu0.{way}_{kind}") or HOST_BYTES_PER_S[kind] for way in ("h2d", "d2h"))
+    return Rates(linear=linear, attention=attention, up=up, down=down, memory=memory,
+                       disk_write=profile.rate("disk.write") or DISK_BYTES_PER_S,
+                       disk_read=profile.rate("disk.read") or DISK_BYTES_PER_S)
 
 
 def windows_in(code_bytes: int, values: Mapping[str, Any]) -> int:

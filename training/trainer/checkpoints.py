@@ -38,7 +38,10 @@ READ_BYTES = 1 << 20
 # product stays: an update is the mean over all target tokens of its windows, however they are dealt out.
 HARMLESS = ("run.name", "model.attention", "dataset.repo", "training.checkpointing",
             "training.keep_checkpoints", "training.save_steps", "training.eval_steps",
-            "training.loss_chunk_tokens", "deepspeed.", "device.", "evaluation.")
+            "training.loss_chunk_tokens", "deepspeed.", "device.", "evaluation.",
+            *(f"stream.{name}" for name in (  # all but the encoding, which may be lossy
+                "chunk_tokens", "page_tokens", "mlp_tokens", "inputs", "keep_every", "pages", "attention",
+                "keys", "weights")))
 BATCH = ("training.micro_batch", "training.accumulation", "device.count")
 
 

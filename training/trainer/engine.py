@@ -8,7 +8,8 @@ norm back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +22,7 @@ from training.trainer import optimizers
 log = logging.getLogger(__name__)
 
 Returned = TypeVar("Returned")
+Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
 # A float16 loss scale starts at 2^16 and halves at each overflow, so a healthy run may skip 16 updates in a
 # row.
 FLOAT16_PATIENCE = 20
@@ -65,6 +67,15 @@ class Engine(Protocol):
 
     def restore(self, captured: Captured) -> None:
         """Put an optimizer state back; the weights were loaded into the model before. Together."""
+
+    def streamed(self) -> Gather | None:
+        """Get ready for decoder layers that are called chunk by chunk, in forward and backward.
+
+        Returns what makes parameters whole for a while; None where they always are. Together.
+        """
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """After `streamed`: inside, the model can be called as it is. Together, if partitioned."""
 
     def close(self) -> None:
         """Leave the other processes. Together."""
@@ -147,6 +158,14 @@ class PlainEngine:
         optimizers.restore(self._optimizer, self._trainable, captured.optimizer, numbers)
         if scaler and self._scaler.is_enabled():
             self._scaler.load_state_dict(scaler)
+
+    def streamed(self) -> Gather | None:
+        """Nothing to gather."""
+        return None
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """Nothing to do."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing to leave."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from training.errors import DataError
 from training.settings import Config
 from training.trainer.completion import Completer, lines_of, open_tokenizer, parses, score
-from training.trainer.loss import causal_loss, held_still
+from training.trainer.loss import LossFunction, causal_loss, held_still
 
 if TYPE_CHECKING:
     from training.dataset.store import WindowStore
@@ -22,9 +24,11 @@ SHOWN_LINES = 8
 
 
 def evaluate(model: nn.Module, store: WindowStore, config: Config, device: torch.device,
-             progress: Progress) -> dict[str, Any]:
+             progress: Progress, loss_function: LossFunction = causal_loss) -> dict[str, Any]:
     """`records.Quality`'s figures, `windows`, and `samples` (path, language, prefix, completion, expected).
 
+    `loss_function`: of the held-out windows, the one that is trained with. Completions call the model itself,
+    inside the loss function's `aside()` if it has one.
     Rates without a span to count are None. The model's modes and the random state are as before when it
     returns or when `progress("evaluate", done, total, detail)`, called between windows, raises. Raises
     DataError when no held-out window has a target.
@@ -34,12 +38,14 @@ def evaluate(model: nn.Module, store: WindowStore, config: Config, device: torch
     spans = [spans[i] for i in evenly_spaced(len(spans), config["evaluation.completions"])]
     total = len(chosen) + len(spans)
     with held_still(model):
-        loss, bits = _likelihood(model, store, config, device,
-                                 chosen, lambda done: progress("evaluate", done, total, "held-out windows"))
+        scorer = Scorer(model, store, device, loss_function, config["training.loss_chunk_tokens"])
+        loss, bits = scorer.likelihood(
+            chosen, lambda done: progress("evaluate", done, total, "held-out windows"))
         completer = Completer(model, open_tokenizer(store.path / "tokenizer"), device,
                               config["dataset.context_tokens"], config["evaluation.completion_tokens"])
-        samples = _complete(completer, spans,
-                            lambda done: progress("evaluate", len(chosen) + done, total, "completions"))
+        with getattr(loss_function, "aside", nullcontext)():
+            samples = _complete(completer, spans,
+                                lambda done: progress("evaluate", len(chosen) + done, total, "completions"))
     progress("evaluate", total, total, f"loss {loss:.3f}")
     return {"loss": loss, "bits_per_byte": bits, "exact_match": _mean([s["exact"] for s in samples]),
             "edit_similarity": _mean([s["similarity"] for s in samples]),
@@ -56,20 +62,30 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)] if wanted < count else list(range(count))
 
 
-def _likelihood(model: nn.Module, store: WindowStore, config: Config, device: torch.device, chosen: list[int],
-                tell: Callable[[int], None]) -> tuple[float, float]:
-    """Mean loss a target token (nats) and bits a byte of target text."""
-    nats, tokens, size_bytes = 0.0, 0, 0
-    for done, index in enumerate(chosen):
-        tell(done)
-        ids, labels = (torch.from_numpy(part)[None].to(device) for part in store.window("held_out", index))
-        summed, count = causal_loss(model, ids, labels, None, config["training.loss_chunk_tokens"])
-        nats, tokens = nats + float(summed), tokens + count
-        size_bytes += store.target_bytes("held_out", index)
-    if not tokens:
-        raise DataError(f"The dataset's {len(chosen)} held-out windows have no target token; raise "
-                        "dataset.held_out_share.")
-    return nats / tokens, nats / math.log(2) / max(size_bytes, 1)
+@dataclass
+class Scorer:
+    """Scores held-out windows with a loss function."""
+
+    model: nn.Module
+    store: WindowStore
+    device: torch.device
+    loss_function: LossFunction
+    chunk_tokens: int
+
+    def likelihood(self, chosen: list[int], tell: Callable[[int], None]) -> tuple[float, float]:
+        """Mean loss a target token (nats) and bits a byte of target text."""
+        nats, tokens, size_bytes = 0.0, 0, 0
+        for done, index in enumerate(chosen):
+            tell(done)
+            ids, labels = (torch.from_numpy(part)[None].to(self.device)
+                           for part in self.store.window("held_out", index))
+            summed, count = self.loss_function(self.model, ids, labels, None, self.chunk_tokens)
+            nats, tokens = nats + float(summed), tokens + count
+            size_bytes += self.store.target_bytes("held_out", index)
+        if not tokens:
+            raise DataError(f"The dataset's {len(chosen)} held-out windows have no target token; raise "
+                            "dataset.held_out_share.")
+        return nats / tokens, nats / math.log(2) / max(size_bytes, 1)
 
 
 def _complete(completer: Completer, spans: list[dict[str, Any]],

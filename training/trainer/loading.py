@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMED_AT_MOST = 12
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ def load(config: Config, dataset: WindowStore, device: torch.device) -> LoadedMo
     _check_vocabulary(model, dataset.vocab_tokens, config["model.base"])
     if config["lora.enabled"]:
         model = _with_adapter(model, config, device, notes)
-    elif DTYPES[config["model.dtype"]] != torch.float32 and not config["deepspeed.stage"]:
-        _compute_in(model, device, DTYPES[config["model.dtype"]])
-    if config["training.checkpointing"]:
+    if (dtype := autocast_type(config)) is not None:
+        _compute_in(model, device, dtype)
+    streamed = bool(config["stream.chunk_tokens"])
+    if config["training.checkpointing"] and not streamed:
         _recompute_activations(causal_lm(model))
-    if not verify_chunked(model):
+    if not verify_chunked(model) and not streamed:
         notes.append("The loss makes all logits at once: this family's are not its head on its decoder.")
     model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -76,6 +78,8 @@ def _pretrained(config: Config, device: torch.device, notes: list[str]) -> Any:
         raise _not_loadable(base, error) from error
     if note := rope.extend(shape, config["dataset.context_tokens"], config["model.rope_factor"]):
         notes.append(note)
+    if config["stream.chunk_tokens"] and (dropped := _without_attention_dropout(shape)):
+        notes.append(dropped)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, config=shape, output_loading_info=True, **where, **_storage(config, device))
@@ -88,6 +92,16 @@ def _pretrained(config: Config, device: torch.device, notes: list[str]) -> Any:
     if note:
         rope.verify(model)
     return model.to(device) if config["model.quantization"] == "none" else model
+
+
+def _without_attention_dropout(shape: Any) -> str:
+    """Switch off dropout on attention weights, which no blockwise kernel draws again; the note says so."""
+    text = shape.get_text_config()
+    active = {name: getattr(text, name) for name in ATTENTION_DROPOUT if getattr(text, name, None)}
+    for name in active:
+        setattr(text, name, 0.0)
+    listed = ", ".join(f"{name} {value:g}" for name, value in active.items())
+    return f"Dropout on attention weights is off in the streamed step (the base has {listed})." * bool(listed)
 
 
 def _where(config: Config) -> dict[str, Any]:
@@ -172,6 +186,13 @@ def check_targets(targets: Iterable[str], existing: list[str]) -> None:
         shown = ", ".join(leaves[:NAMED_AT_MOST]) + (" ..." if len(leaves) > NAMED_AT_MOST else "")
         raise UsageError(f"lora.targets names {', '.join(absent)}, which this model does not have; "
                          f"its linear layers are {shown}.")
+
+
+def autocast_type(config: Config) -> torch.dtype | None:
+    """What float32 weights that are trained without DeepSpeed are computed in; None: as they are."""
+    dtype = DTYPES[config["model.dtype"]]
+    plain = not config["lora.enabled"] and not config["deepspeed.stage"]
+    return dtype if plain and dtype != torch.float32 else None
 
 
 def _compute_in(model: Any, device: torch.device, dtype: torch.dtype) -> None:

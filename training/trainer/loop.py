@@ -21,12 +21,12 @@ from training.trainer import checkpoints, pacing, schedules
 from training.trainer.batches import Batch, Layout, Store, planned_steps, read_update
 from training.trainer.engine import Engine
 from training.trainer.journal import Heartbeat, Journal
+from training.trainer.loss import LossFunction
 from training.trainer.resources import device_peak_bytes, resident_bytes
 from training.trainer.stopping import Watch, stop_error
 
 log = logging.getLogger(__name__)
 
-LossFunction = Callable[..., tuple[Tensor, int]]
 _SIGNALS = {"": 0, "SIGINT": 1, "SIGTERM": 1 << 20}
 
 

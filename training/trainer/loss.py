@@ -7,7 +7,7 @@ makes 4,096 positions of float32 logits 2.5 GB, and as much for their gradient; 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100
+LossFunction = Callable[..., tuple[Tensor, int]]  # as causal_loss
 PROBE_TOKENS = 8
 _chunkable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 

@@ -22,7 +22,7 @@ with quick_imports():
     from training.trainer.journal import Journal
     from training.trainer.loading import LoadedModel, load
     from training.trainer.loop import Progress, Training
-    from training.trainer.loss import causal_loss
+    from training.trainer.loss import LossFunction, causal_loss
     from training.trainer.resources import measured_bytes
     from training.trainer.session import Session
     from training.trainer.stopping import stop_error
@@ -35,6 +35,16 @@ KEPT_BYTES = 1 << 30
 
 def run(session: Session) -> None:
     """All phases in order; what came out is in `session.training` and `session.facts`."""
+    if not session.config["stream.chunk_tokens"]:
+        _run(session)
+        return
+    from training.trainer import streaming
+
+    with streaming.directory(session.config, session.run.path):
+        _run(session)
+
+
+def _run(session: Session) -> None:
     session.mark("import")
     device = choose_device(session)
     store = WindowStore.open(session.run.dataset)
@@ -98,6 +108,8 @@ def _load(session: Session, store: WindowStore, identity: dict[str, Any],
     first = _first_weights(session, loaded)
     if captured:
         checkpoints.put_weights(captured.weights, loaded.trainable)
+    if session.config["stream.chunk_tokens"]:
+        _check_streaming(session, loaded, device)
     engine = _engine(session, loaded, device)
     if captured:
         engine.restore(captured)
@@ -105,9 +117,9 @@ def _load(session: Session, store: WindowStore, identity: dict[str, Any],
     if session.rank == 0:
         journal.rewind(progress.step, checkpoints.digest_of(identity))
     training = Training(
-        run=session.run, config=session.config, store=store, engine=engine, loss_function=causal_loss,
-        heartbeat=session.heartbeat, journal=journal, watch=session.watch, identity=identity,
-        session_start=session.start, progress=progress)
+        run=session.run, config=session.config, store=store, engine=engine,
+        loss_function=_loss_function(session, loaded, engine), heartbeat=session.heartbeat, journal=journal,
+        watch=session.watch, identity=identity, session_start=session.start, progress=progress)
     decision = engine.share(pacing.recorded(session.run, checkpoints.digest_of(identity)))
     if decision and progress.steps_fitted is None:
         training.adopt(decision)
@@ -168,6 +180,26 @@ def _engine(session: Session, loaded: LoadedModel, device: torch.device) -> Engi
                       ds_config=session.run.deepspeed, tell=session.tell("compile_ops"))
 
 
+def _check_streaming(session: Session, loaded: LoadedModel, device: torch.device) -> None:
+    """On every rank, before DeepSpeed has the model. Raises Unsupported or StreamError."""
+    from training.trainer import streaming
+
+    session.tell("load")("comparing the streamed step with the plain one")
+    with session.watch.at_once():
+        line = streaming.check(loaded.model, session.config, session.run.path, device)
+    if session.rank == 0:
+        log.info("%s", line)
+
+
+def _loss_function(session: Session, loaded: LoadedModel, engine: Engine) -> LossFunction:
+    if not session.config["stream.chunk_tokens"]:
+        return causal_loss
+    from training.trainer.streaming import StreamedLoss
+
+    return StreamedLoss(loaded.model, session.config, session.run.path, engine.device, engine.streamed(),
+                        engine.aside)
+
+
 def _evaluate(session: Session, loaded: LoadedModel, step: int, phase: str) -> dict[str, Any] | None:
     """The evaluation at a step: the recorded one, else made now and recorded. None off rank 0."""
     training: Any = session.training
@@ -178,7 +210,8 @@ def _evaluate(session: Session, loaded: LoadedModel, step: int, phase: str) -> d
     progress = session.heartbeat.progress(phase, _check(session, training.engine))
     store, device = training.store, training.engine.device
     made = training.engine.on_model(
-        lambda model: evaluation.evaluate(model, store, session.config, device, progress))
+        lambda model: evaluation.evaluate(model, store, session.config, device, progress,
+                                          training.loss_function))
     if session.rank or made is None:
         return None
     line = {"step": step, **made, "time": time.time(), "identity": checkpoints.digest_of(training.identity)}

@@ -24,7 +24,9 @@ from training.errors import (
     Interrupted,
     MissingInput,
     StoppedByUser,
+    UsageError,
 )
+from training.longcontext.errors import StoreFull, StreamError, Unsupported
 from training.records import Plan, Quality, Result
 from training.rundir import RunDirectory, read_record, write_record
 from training.settings import Config
@@ -110,6 +112,8 @@ def _guarded(session: Session) -> int:
         return _run(session)
     except EliteError as error:
         return _end(session, error)
+    except StreamError as error:
+        return _end(session, _of_the_stream(error, session))
     except Exception as error:
         log.exception("The trainer failed.")
         return _end(session, _as_elite(error, session))
@@ -139,6 +143,18 @@ def _is_done(run: RunDirectory) -> bool:
     except (MissingInput, DataError):
         return False
     return found.state == "done" and (run.path / found.model_dir).is_dir()
+
+
+def _of_the_stream(error: StreamError, session: Session) -> EliteError:
+    """What the streamed step refuses, as this command's own error with the way out."""
+    text = " ".join(str(error).split()).removesuffix(".")
+    if isinstance(error, StoreFull):
+        return CannotWrite(f"{text}. Free some, or set stream.inputs=pageable or a larger stream.keep_every.")
+    if isinstance(error, Unsupported):
+        return DataError(f"The streamed step cannot train {session.config['model.base']} exactly: {text}. "
+                         "Set stream.chunk_tokens=0 for the plain step, with a context that fits it.")
+    return UsageError(f"The streamed step cannot run as configured: {text}. See the stream.* keys, or set "
+                      "stream.chunk_tokens=0.")
 
 
 def _as_elite(error: Exception, session: Session) -> EliteError:

@@ -17,6 +17,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from torch.nn import Module, Parameter
 from training.errors import EliteError, Problems, UsageError
 from training.rundir import read_data
 from training.trainer import optimizers
-from training.trainer.engine import FLOAT16_PATIENCE, PATIENCE, Captured, Returned
+from training.trainer.engine import FLOAT16_PATIENCE, PATIENCE, Captured, Gather, Returned
 from training.trainer.ops import prepare_cpu_adam
+from training.trainer.partitions import Partitions
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(model=Root(model), optimizer=optimizer,
                                                 config=read_data(ds_config))
         self._zero = self._engine.optimizer
+        self._partitions: Partitions | None = None
         self._engine.train()
 
     def _optimizer(self, config: Mapping[str, Any], tell: Callable[[str], None]) -> torch.optim.Optimizer:
@@ -260,8 +263,20 @@ class ZeroEngine:
         part = padded[self.rank * size:(self.rank + 1) * size]
         sharded._z3_optimizer.set_local_hp_param(part, parameter, key)
 
+    def streamed(self) -> Gather | None:
+        """Stage 3: `Partitions` in place of DeepSpeed's hooks on modules; nothing to gather before it."""
+        if self._stage == 3:
+            self._partitions = Partitions(self._zero.parameter_offload)
+            self._partitions.detach()
+        return self._partitions
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """DeepSpeed's hooks on modules in place again."""
+        return self._partitions.attached() if self._partitions else nullcontext()
+
     def close(self) -> None:
         """Leave the process group, which complains when it is merely dropped."""
+        torch.distributed.barrier()  # rank 0 has the store through which the others leave
         torch.distributed.destroy_process_group()
 
     def total(self, value: float) -> float:
