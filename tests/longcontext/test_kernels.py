@@ -7,7 +7,6 @@ import torch
 from families import refresh
 
 from training.longcontext import kernels
-from training.longcontext.attention import merge
 from training.longcontext.kernels import FLASH_CPU, candidates, choose, plain
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 3e-2}
@@ -86,7 +85,7 @@ def test_blocks_merge_to_the_whole_row_and_share_its_gradient(name, dtype):
     own = parts[0][1]
     merged = [t.clone() for t in kernels.forward(kernel, q, k[:, :, own], v[:, :, own], "causal", 0.3)]
     for kind, part in parts[1:]:
-        merge(*merged, *kernels.forward(kernel, q, k[:, :, part], v[:, :, part], kind, 0.3))
+        kernels.merge(*merged, *kernels.forward(kernel, q, k[:, :, part], v[:, :, part], kind, 0.3))
     close(merged[0], out, dtype)
     close(merged[1], lse, dtype)
 

@@ -28,7 +28,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from training.longcontext import kernels
 from training.longcontext.blocks import Block, blocks
-from training.longcontext.cpu_flash import merge
 from training.longcontext.errors import Unsupported
 from training.longcontext.pages import Pages
 
@@ -221,7 +220,7 @@ def _forward_rows(visit: Visit, q: Tensor, rows: slice, plan: list[Block],
         if block.kind == "causal":  # every row's first block
             out[:, :, part], lse[:, :, part] = found
         else:
-            merge(out[:, :, part], lse[:, :, part], *found)
+            kernels.merge(out[:, :, part], lse[:, :, part], *found)
     return out.to(q.dtype), lse
 
 
@@ -242,8 +241,7 @@ class _Attention(torch.autograd.Function):
         q, out, lse = ctx.saved_tensors
         visit: Visit = ctx.visit
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        dq = torch.zeros(q.shape, dtype=wide, device=q.device)
-        dout = dout.contiguous()
+        dq = torch.empty(q.shape, dtype=wide, device=q.device)
         for rows, plan in visit.plan(ctx.window):
             _backward_rows(visit, [t[rows] for t in (dout, q, out, lse, dq)], rows, plan, ctx.scale)
         dk, dv = visit.pages.gradients(visit.start, visit.stop)
@@ -257,8 +255,12 @@ def _backward_rows(visit: Visit, given: list[Tensor], rows: slice, plan: list[Bl
         dout, q, out, lse, dq = (t[:, :, part] for t in given)
         shares = kernels.backward(visit.kernel, dout, q, held.k[rows], held.v[rows], out, lse, block.kind,
                                   scale)
-        for total, share in zip((dq, held.dk[rows], held.dv[rows]), shares, strict=True):  # type: ignore[index]
-            total += share
+        if block.kind == "causal":  # every row's first block
+            dq.copy_(shares[0])
+        else:
+            dq += shares[0]
+        held.dk[rows] += shares[1]  # type: ignore[index]
+        held.dv[rows] += shares[2]  # type: ignore[index]
 
 
 def register() -> None:

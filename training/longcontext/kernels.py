@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from training.longcontext import cpu_flash
-
 log = logging.getLogger(__name__)
 aten: Any = torch.ops.aten
 
@@ -37,6 +35,18 @@ class Kernel(NamedTuple):
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     grouped: bool = False
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def _cpu_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+                  scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+    return found
 
 
 def _nothing(q: Tensor) -> Tensor:
@@ -148,10 +158,17 @@ def _pieces(q: Tensor, k: Tensor) -> list[tuple[int, Tensor]]:
     return list(zip(range(0, q.shape[2], rows), q.split(rows, 2), strict=True))
 
 
-FLASH_CPU = Kernel("flash (CPU)", cpu_flash.forward, cpu_flash.backward)
+FLASH_CPU = Kernel("flash (CPU)", _cpu_forward, _cpu_backward)
 FLASH = Kernel("flash", _flash_forward, _flash_backward, grouped=True)
 CUDNN = Kernel("cuDNN", _cudnn_forward, _cudnn_backward)
 EFFICIENT = Kernel("memory-efficient", _efficient_forward, _efficient_backward)
+
+
+def merge(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """Merge a block's result (..., D), (...) into `out`, `lse` in place."""
+    lse_b = lse_b.to(lse.dtype)
+    out.lerp_(out_b.to(out.dtype), torch.sigmoid(lse_b - lse)[..., None])
+    torch.logaddexp(lse, lse_b, out=lse)
 
 
 def candidates(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:
