@@ -236,7 +236,8 @@ def result(row: dict[str, Any]) -> str:
         return str(row["error"])
     peak = f"{row['reserved_bytes'] / GIB:.2f} GiB reserved" if row["reserved_bytes"] else "no device"
     return (f"{row['seconds']:.1f} s, {peak}, host {row['host_peak_bytes'] / GIB:.1f} GiB, "
-            f"{row['attention_tflop_per_s']:.1f} TFLOP/s, {row['share_of_pure_kernel']:.0%} of the kernel alone")
+            f"{row['attention_tflop_per_s']:.1f} TFLOP/s, "
+            f"{row['share_of_pure_kernel']:.0%} of the kernel alone")
 
 
 def line(row: dict[str, Any]) -> str:

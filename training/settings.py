@@ -105,7 +105,7 @@ KEYS: tuple[Key, ...] = (
     _key("stream.mlp_tokens", 0, "Positions an MLP works on at once inside a chunk; 0: the whole chunk.", 0),
     _key("stream.inputs", "device", "Where layer inputs are kept for the backward pass.",
          choices=("device", "pinned", "pageable", "disk")),
-    _key("stream.keep_every", 1, "Of every so many layers one input is kept; the others are computed again.", 1),
+    _key("stream.keep_every", 1, "Of so many layers one input is kept; the others are computed again.", 1),
     _key("stream.encoding", "exact", "How kept layer inputs are stored; int8 and int4 are lossy.",
          choices=("exact", "int8", "int4")),
     _key("stream.pages", "device", "Where the keys and values of the layer being worked on live.",

@@ -12,10 +12,11 @@ BENCHMARKS = ROOT / "benchmarks"
 
 CPU = """### Measured on a CPU
 
-{cores} CPU cores without bf16, {date}: one whole step of a Llama of hidden {hidden}, 6 layers, vocabulary {vocabulary:,},
-LoRA on all linear layers, fp32; median of {runs} runs a row at most, all in turn. Memory is the growth of the
-process's peak; "stored" is the part of it that the step's stores hold. The last columns are shares of Hugging
-Face's memory and multiples of its speed (`python3 benchmarks/longcontext_cpu.py`).
+{cores} CPU cores without bf16, {date}: one whole step of a Llama of hidden {hidden}, 6 layers, vocabulary
+{vocabulary:,}, LoRA on all linear layers, fp32; median of {runs} runs, one where the row took minutes, all in
+turn. Memory is the growth of the process's peak; "stored" is the part of it that the step's stores hold. The
+last columns are shares of Hugging Face's memory and multiples of its speed
+(`python3 benchmarks/longcontext_cpu.py`).
 
 {table}
 """

@@ -108,7 +108,7 @@ def test_merging_takes_scores_of_any_size(far):
     total = torch.logaddexp(lse.double(), more.double())
     wanted = (out.double() * (lse.double() - total).exp()[..., None]
               + other.double() * (more.double() - total).exp()[..., None])
-    merge(out, lse, other, more)
+    kernels.merge(out, lse, other, more)
     assert torch.allclose(out.double(), wanted, rtol=1e-4, atol=1e-4)
     assert torch.allclose(lse.double(), total, rtol=1e-5)
 
@@ -116,7 +116,7 @@ def test_merging_takes_scores_of_any_size(far):
 def test_a_block_that_weighs_nothing_changes_nothing():
     out, lse = torch.randn(1, 1, 4, 8), torch.zeros(1, 1, 4)
     before = out.clone()
-    merge(out, lse, torch.full_like(out, 3.0), torch.full_like(lse, -torch.inf))
+    kernels.merge(out, lse, torch.full_like(out, 3.0), torch.full_like(lse, -torch.inf))
     assert torch.equal(out, before)
     assert torch.equal(lse, torch.zeros(1, 1, 4))
 

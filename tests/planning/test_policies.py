@@ -92,6 +92,14 @@ def test_on_a_cpu_windows_of_16384_tokens_and_more_are_streamed(context, streame
     assert made.memory.host_bytes > made.memory.device_bytes       # main memory is the device
 
 
+def test_on_a_cpu_a_streamed_run_of_a_base_model_is_started_by_deepspeed():
+    machine = profile(0, ram_gib=24)
+    made = plan(machine, "qwen2.5-coder-0.5b", context_tokens=32_768)
+    assert (value(made, "deepspeed.stage"), value(made, "deepspeed.offload_optimizer")) == (2, False)
+    assert made.choices["deepspeed.stage"].why.startswith("tier 4 runs under DeepSpeed on every machine")
+    assert value(plan(machine, "embedded", context_tokens=16_384), "deepspeed.stage") == 0
+
+
 def test_what_the_user_sets_is_kept_and_the_rest_is_chosen_around_it():
     made = plan(profile(24, ram_gib=256), "qwen2.5-coder-7b", tier=5,
                 settings={"stream.chunk_tokens": 3000, "stream.keep_every": 3, "stream.encoding": "int8"})

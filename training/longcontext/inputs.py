@@ -131,8 +131,8 @@ class HostStore:
 class MainStore(HostStore):
     """For a CPU, whose memory is the device: entries are handed out as they lie.
 
-    Copies, not references: kept among a step's short-lived tensors they would tear holes into the heap (1,189
-    MiB instead of REPLACE for 16,384 tokens of a small model).
+    Copies, not references: kept among a step's short-lived tensors they would tear holes into the heap (317
+    MiB of growth instead of 266 for 16,384 tokens of a small model).
     """
 
     def fetch(self, key: Key) -> None:

@@ -242,7 +242,7 @@ def _stage(chooser: Chooser, situation: Situation, window: Window) -> tuple[int,
     if tier <= 2:
         return 0, f"one device at tier {tier} needs no DeepSpeed"
     if kind == "cpu":
-        return 2, f"tier {tier} runs under DeepSpeed everywhere; on one CPU it changes no figure but the start"
+        return 2, f"tier {tier} runs under DeepSpeed on every machine; one CPU process gains nothing"
     return 2, f"tier {tier}: optimizer state moves to the host"
 
 
