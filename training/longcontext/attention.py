@@ -242,6 +242,7 @@ class _Attention(torch.autograd.Function):
         visit: Visit = ctx.visit
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq = torch.empty(q.shape, dtype=wide, device=q.device)
+        dout = dout.contiguous()
         for rows, plan in visit.plan(ctx.window):
             _backward_rows(visit, [t[rows] for t in (dout, q, out, lse, dq)], rows, plan, ctx.scale)
         dk, dv = visit.pages.gradients(visit.start, visit.stop)

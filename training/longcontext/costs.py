@@ -15,7 +15,7 @@ from training.longcontext.flops import attention_flops, linear_flops, moved_byte
 from training.longcontext.geometry import Geometry, encoded_bytes
 from training.longcontext.policy import StreamPolicy
 
-CALLS_BYTES = 64 << 20           # rotary embeddings kept for all chunks (passes.CALLS_BYTES)
+CALLS_BYTES = 8 << 20            # rotary embeddings kept for all chunks (passes.CALLS_BYTES)
 SLAB_BYTES = 64 << 20            # of one host allocation (transfer.SLAB_BYTES)
 INDEX_BYTES = 24                 # token id, target and position, int64 each
 DISK_COPIES = 6                  # chunks in host memory: writes under way (inputs.WRITES_AHEAD), one read
@@ -279,7 +279,7 @@ def logits_bytes(geometry: Geometry, policy: StreamPolicy, targets: int, batch: 
 
 
 def rotary_bytes(geometry: Geometry, policy: StreamPolicy, length: int) -> float:
-    """Cosines and sines of all positions while they take 64 MiB at most, else of one chunk."""
+    """Cosines and sines of all positions while they take 8 MiB at most, else of one chunk."""
     each = 2 * geometry.head_dim * geometry.element_bytes
     return float(each * (length if each * length <= CALLS_BYTES else min(policy.chunk_tokens, length)))
 

@@ -23,7 +23,7 @@ from training.longcontext.policy import StreamPolicy
 from training.longcontext.weights import StreamedWeights
 
 # Rotary embeddings of all chunks are kept up to this size, and otherwise computed again at every visit.
-CALLS_BYTES = 64 << 20
+CALLS_BYTES = 8 << 20
 
 
 class Machine:
