@@ -130,7 +130,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| tokens | step | s | tokens/s | peak growth, MiB | of it stored | memory | speed |",
              "|---:|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
-        name = row["variant"] + (f" ({row['layers']} layers)" if row["layers"] != 6 else "")
+        name = row["variant"] + (f" ({row['layers']} of 6 layers)" if row["layers"] != 6 else "")
         held = f"{row['stored_bytes'] / 2**20:,.0f}" if row["stored_bytes"] is not None else ""
         ratios = (f"{row['memory_share']:.2f} | {row['speed_ratio']:.2f}" if "memory_share" in row else " | ")
         lines.append(f"| {row['length']:,} | {name} | {row['seconds']:,.1f} | {row['tokens_per_s']:,.0f} | "
