@@ -26,6 +26,8 @@ from training.command.ending import Session, guarded
 # What can be imported from here and where it lives; loaded on first use, since some of it takes seconds.
 EXPORTS = {"HardwareProfiler": "training.hardware.profiler",
            "OptimalConfigCalculator": "training.planning.calculator",
+           "AdvancedOptimizer": "training.planning.tuning",
+           "UltraAdvancedOptimizer": "training.planning.tuning",
            "ConfigurationManager": "training.configuration",
            "DatasetGenerator": "training.dataset.generator",
            "TrainingManager": "training.manager.manager"}
@@ -75,7 +77,7 @@ def main(ctx: typer.Context, choices: Choices,
 def chain(session: Session, view: Any, choices: Choices, *, fresh: bool, dry_run: bool, ask: bool) -> None:
     """The five stages in their order; every arrow is also a file in the run directory."""
     from training import models
-    from training.command import interview, places, request
+    from training.command import interview, places, request, trying
     from training.configuration import ConfigurationManager
     from training.console import stages
     from training.dataset.generator import DatasetGenerator
@@ -87,14 +89,19 @@ def chain(session: Session, view: Any, choices: Choices, *, fresh: bool, dry_run
     with view.stage("Hardware") as progress:
         profile = HardwareProfiler(made.output).profile(progress=progress)
     view.show(stages.hardware, profile)
-    with view.stage("Plan"):
+    with view.stage("Plan") as progress:
         chosen = interview.choose_base(made.request, profile, view.console if ask else None)
         plan = OptimalConfigCalculator(profile).calculate(made.request, chosen.base, made.facts)
+        if plan.choices["training.trial"].value:
+            check_disk(made.output, 0 if dry_run or made.request.anyway else plan.memory.disk_bytes)
+            models.fetch(chosen.base, progress, plan.choices["model.revision"].value)
+        plan = trying.planned(plan, made, profile, chosen.base, session.argv, progress)
     view.show(stages.base, chosen.base.name, chosen.why, chosen.fallback)
     view.show(stages.plan, plan)
+    view.show(stages.trial, plan)
     if dry_run:
         return view.document(plan)
-    check_disk(made.output, plan.memory.disk_bytes)
+    check_disk(made.output, 0 if made.request.anyway else plan.memory.disk_bytes)
     if ask:
         interview.agree(view.console, plan.total_s)
     with view.stage("Configuration"):
@@ -114,8 +121,9 @@ def train(view: Any, path: Path) -> None:
     from training.console import stages
     from training.manager.facts import summary
     from training.manager.manager import TrainingManager
+    from training.planning import convergence
     with view.stage("Training") as progress:
-        result = TrainingManager(path).train(progress)
+        result = TrainingManager(path, forecast=convergence.at_end).train(progress)
     view.show(stages.result, summary(path))
     view.document(result)
 
@@ -157,6 +165,8 @@ def plan(choices: Choices,
          vram: Annotated[Number, value("GPU memory to plan with.", "GIB")] = None,
          ram: Annotated[Number, value("Host memory to plan with.", "GIB")] = None,
          disk: Annotated[Number, value("Disk to plan with.", "GIB")] = None,
+         every: Annotated[bool, flag("--all", "Every machine of configs/hardware/ with every base model of "
+                                              "docs/models.md.")] = False,
          json: Json = False) -> None:
     """Plan a run, for this machine or another, without starting it."""
     from training import models
@@ -164,12 +174,16 @@ def plan(choices: Choices,
     from training.console import stages
     from training.console.view import View
     from training.dataset.generator import DatasetGenerator
+    from training.planning import trial
     from training.planning.calculator import OptimalConfigCalculator
     view = View(json)
+    if every:
+        return plan_all(view, choices, (hardware, vram, ram, disk))
     made = request.check(choices, DatasetGenerator.survey, claim=False)
     machine = machines.described(hardware, vram, ram, disk)
-    chosen = models.choose(made.request.base_model, machine, online=True, must_load=not hardware)
-    planned = OptimalConfigCalculator(machine).calculate(made.request, chosen.base, made.facts)
+    must_load = machine.source != "preset" and not hardware
+    chosen = models.choose(made.request.base_model, machine, online=True, must_load=must_load)
+    planned = trial.assumed(OptimalConfigCalculator(machine).calculate(made.request, chosen.base, made.facts))
     view.show(stages.opening, made.facts, made.request)
     with view.stage("Hardware"):
         view.show(stages.hardware, machine)
@@ -177,6 +191,19 @@ def plan(choices: Choices,
         view.show(stages.base, chosen.base.name, chosen.why, chosen.fallback)
         view.show(stages.plan, planned)
     view.document(planned)
+
+
+def plan_all(view: Any, choices: Choices, sizes: tuple[Any, ...]) -> None:
+    """What every machine reaches with every base model, for a repository or one of a stated size."""
+    from training.command import machines, request
+    from training.console import stages
+    from training.dataset.generator import DatasetGenerator
+    from training.planning.outlook import REFERENCE, outlook
+    made = request.check(choices, DatasetGenerator.survey, claim=False, instead=REFERENCE)
+    rows = list(outlook(machines.every(*sizes), machines.bases(made.request.base_model), made.request,
+                        made.facts))
+    view.show(stages.outlook, rows, made.facts, made.request)
+    view.document({"repository": made.facts, "plans": rows})
 
 
 @app.command()

@@ -45,6 +45,10 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key():
     ({"stream.weights": "streamed"}, "only frozen ones can be. Set lora.enabled=true"),
     ({"stream.chunk_tokens": -1}, "stream.chunk_tokens is -1; the least is 0"),
     ({"stream.inputs": "ram"}, "it must be one of device, pinned, pageable, disk"),
+    ({"device.kind": "cuda", "device.gpus": "0,1"}, "device.gpus names 0,1 and device.count is 1"),
+    ({"device.kind": "cuda", "device.gpus": "a,b"}, "device.gpus is 'a,b'; give indices such as 0,2"),
+    ({"device.allocator": "split"}, "device.allocator split is made for GPUs; on a CPU set it to default"),
+    ({"device.pool_share": 0.5}, "device.pool_share is for GPUs and device.kind is cpu; leave it out"),
     ({"training.learning_rate": float("nan")}, "it must be a finite number"),
 ])
 def test_values_that_cannot_be_honoured_are_refused(values, words):

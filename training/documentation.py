@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from training import configuration, models, stream_tables
-from training.errors import EliteError
 from training.hardware.profiler import from_preset
 from training.ledger import NOTICEABLE, catalogue
-from training.planning import policies, presets, tables
+from training.planning import outlook, policies, presets, tables
 from training.planning.calculator import OptimalConfigCalculator
-from training.records import GIB, RepositoryFacts, Request
+from training.records import GIB, Request, TierRow
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("qwen2.5-coder-0.5b", "phi-2", "qwen2.5-coder-7b", "qwen2.5-coder-14b")
-EXAMPLE = RepositoryFacts(path="example", name="example", files=1000, code_files=1000, code_bytes=10_000_000,
-                          languages={"python": 10_000_000})
+# Machines whose tiers are shown one by one, with this base.
+LADDERS, LADDER_BASE = ("rtx-2060-super", "rtx-3090"), "phi-2"
+REQUEST = Request(repo="example", output="runs/example", model_name="example")
 UNITS = {"memory_bytes": "Memory", "tokens_per_s": "Tokens/s", "loss": "Held-out loss"}
 
 
@@ -37,6 +38,14 @@ in NF4" counts the quantized linear layers with their constants, and embeddings 
 
 A context beyond the native one is reached with YaRN, and the plan prints the factor and the reason. A model
 without rotary embeddings is refused there.
+
+## What each machine reaches
+
+Tier, context in tokens, and hours of training, as `python3 elite_train.py plan --all` prints them; `s` is the
+streamed step, `-` no plan. For a repository of {tokens:,} tokens and 48 hours, from the descriptions in
+`configs/hardware/`: **computed, not measured**.
+
+{reached}
 
 The licence column is a summary; the model's own page decides.
 
@@ -69,11 +78,22 @@ and as the last resort the frozen weights. Lossy encodings are used only when yo
 
 ## Plans for known machines
 
-Planned for a repository of {megabytes} MB, 48 hours, from datasheet figures: **computed, not measured**.
-`python3 elite_train.py plan --hardware NAME --base-model MODEL` prints one of them in full;
-`python3 elite_train.py --auto --dry-run` measures the machine it runs on instead.
+Planned for a repository of {tokens:,} tokens, 48 hours, from the descriptions in `configs/hardware/`:
+**computed, not measured**. `python3 elite_train.py plan --all` makes this table for every base model
+([models](models.md)), with `--repo DIR` for your repository.
+`python3 elite_train.py plan --hardware NAME --base-model MODEL` prints one plan in full;
+`python3 elite_train.py plan --vram 24 --ram 64` plans for a card that you do not have.
 
 {plans}
+
+## What each tier takes
+
+The same repository with `{ladder_base}`, tier by tier. Figures beyond their limit are in brackets: a context
+that the base model cannot be stretched to, GiB of device memory, host memory and disk, hours of all epochs.
+Device memory is seldom what decides: the streamed step moves what does not fit to the host and the disk,
+and pays in hours.
+
+{ladders}
 
 To add a tier or a machine, edit `configs/tiers.yaml` or add a file to `configs/hardware/`.
 """
@@ -99,41 +119,60 @@ direction and its median is above {thresholds}; otherwise the verdict is "no dif
 
 
 def models_page() -> str:
-    """docs/models.md: the registry."""
+    """docs/models.md: the registry, and what each machine reaches with it."""
     rows = [[f"`{row['name']}`", row["hub"], f"{row['parameters'] / 1e9:.2f} B", row["licence"],
              f"{row['native_context']:,}", "yes" if row["fim"] else "no", f"{row['nf4_bytes'] / GIB:.1f} GiB"]
-            for row in models.rows() if row["name"] != "embedded"]
+            for row in models.rows() if row["name"] != models.EMBEDDED]
     head = ["Name", "Hub id", "Parameters", "Licence", "Native context", "FIM", "Weights in NF4"]
-    return MODELS.format(table=_table(head, rows))
+    found = plans()
+    reached = [[f"`{name}`", *[found[machine, name].cell for machine in presets.by_memory()]]
+               for name in models.registry() if name != models.EMBEDDED]
+    return MODELS.format(table=_table(head, rows), tokens=outlook.REFERENCE_TOKENS,
+                         reached=_table(["Name", *(f"`{name}`" for name in presets.by_memory())], reached))
 
 
 def tiers_page() -> str:
-    """docs/tiers.md: the tiers, and what plans for known machines come to."""
+    """docs/tiers.md: the tiers, what plans for known machines come to, and what each tier takes."""
     rows = [[str(row["tier"]), f"{row['context_tokens']:,}", f"{row['target_tokens']:,}",
              str(row["lora_rank"]), f"{row['min_vram_gib']} GB", ", ".join(row["needs"]) or "-"]
             for row in tables.tier_rows()]
     head = ["Tier", "Context", "Target", "LoRA rank", "Meant for", "Needs"]
-    plans = _table(["Machine", *[f"`{name}`" for name in SHOWN]], _plans())
-    return TIERS.format(tiers=_table(head, rows), plans=plans, megabytes=EXAMPLE.code_bytes // 10**6,
+    known = [[f"`{machine}`", *[_planned(plans()[machine, name]) for name in SHOWN]]
+             for machine in presets.by_memory()]
+    return TIERS.format(tiers=_table(head, rows), tokens=outlook.REFERENCE_TOKENS, ladder_base=LADDER_BASE,
+                        plans=_table(["Machine", *[f"`{name}`" for name in SHOWN]], known),
+                        ladders="\n\n".join(f"`{name}`:\n\n{_ladder(name)}" for name in LADDERS),
                         faster=policies.FASTER, cpu_context=policies.CPU_CONTEXT, tie=policies.TIE - 1)
 
 
-def _plans() -> list[list[str]]:
-    rows = []
-    for preset in (row["preset"] for row in tables.preset_rows()):
-        calculator = OptimalConfigCalculator(from_preset(presets.load(preset)))
-        rows.append([f"`{preset}`", *[_planned(calculator, name) for name in SHOWN]])
-    return rows
+@functools.cache
+def plans() -> dict[tuple[str, str], outlook.Outlook]:
+    """What every machine reaches with every base model of the registry, by both names."""
+    machines = {name: from_preset(presets.load(name)) for name in presets.by_memory()}
+    bases = [base for base in models.registry().values() if base.location != models.EMBEDDED]
+    return {(row.machine, row.model): row for row in outlook.outlook(machines, bases, REQUEST)}
 
 
-def _planned(calculator: OptimalConfigCalculator, model: str) -> str:
-    request = Request(repo="example", output="runs/example", model_name="example", base_model=model)
-    try:
-        plan = calculator.calculate(request, models.resolve(model), EXAMPLE)
-    except EliteError:
+def _planned(row: outlook.Outlook) -> str:
+    if row.refused:
         return "does not fit"
-    step = ", streamed" if plan.choices["stream.chunk_tokens"].value else ""
-    return f"tier {plan.tier}: {plan.context_tokens:,} tokens{step}, {plan.total_s / 3600:.1f} h"
+    step = ", streamed" if row.step == "streamed" else ""
+    return f"tier {row.tier}: {row.context_tokens:,} tokens{step}, {row.hours:.1f} h"
+
+
+def _ladder(machine: str) -> str:
+    """Every tier of the table on one machine."""
+    calculator = OptimalConfigCalculator(from_preset(presets.load(machine)))
+    made = calculator.calculate(REQUEST, models.resolve(LADDER_BASE), outlook.REFERENCE)
+
+    def cell(row: TierRow, limit: str, figure: str) -> str:
+        return figure if row.fits[limit] else f"({figure})"
+    rows = [[str(row.tier), cell(row, "model", f"{row.context_tokens:,}"), row.step,
+             *[cell(row, limit, f"{size / GIB:,.1f}") for limit, size in (
+                 ("device_memory", row.device_bytes), ("host_memory", row.host_bytes),
+                 ("disk", row.disk_bytes))],
+             cell(row, "hours", f"{row.total_s / 3600:,.1f}")] for row in made.tiers]
+    return _table(["Tier", "Context", "Step", "Device", "Host", "Disk", "Hours"], rows)
 
 
 def optimizations_page() -> str:

@@ -1,6 +1,6 @@
 """The training subprocess: a run directory in, a trained model out.
 
-    python training/model_trainer_unified.py --run-dir DIR
+    python training/model_trainer_unified.py [--trial] --run-dir DIR
     deepspeed --num_gpus N training/model_trainer_unified.py --run-dir DIR
 
 The launcher adds --local_rank.
@@ -13,8 +13,10 @@ import time
 START = time.monotonic()
 
 import argparse  # noqa: E402
+import functools  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+import shutil  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
@@ -46,17 +48,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", required=True, type=Path, help="the run directory")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")),
                         help="which process of this machine (set by DeepSpeed's launcher)")
+    parser.add_argument("--trial", action="store_true",
+                        help="take the steps of DIR/trial-order.json on random tokens and train nothing")
     options = parser.parse_args(arguments)
     prepare_path()
     prepare_environment()
-    from training.manager.watchdog import watch_parent
+    from training.manager.watchdog import parent_is_gone, watch_parent
 
-    watch_parent()
+    folder = options.run_dir.resolve()
+    # A trial's folder is its command's to remove; without a command nobody else will.
+    remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+    watch_parent(at_end=remove if options.trial else None)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s",
                         datefmt="%H:%M:%S")
     from training.trainer.session import run_session
 
-    return run_session(options.run_dir.resolve(), options.local_rank, START)
+    code = run_session(folder, options.local_rank, START, trial=options.trial)
+    if options.trial and parent_is_gone():
+        remove()
+    return code
 
 
 def leave(code: int) -> NoReturn:

@@ -18,7 +18,7 @@ from training import weights
 from training.errors import DataError, MissingInput
 from training.records import GIB, BaseModel, HardwareProfile, ModelShape
 from training.settings import BY_NAME, nearest
-from training.shapes import frozen_bytes, shape_from_config
+from training.shapes import NOT_ADAPTED, frozen_bytes, shape_from_config
 
 __all__ = ["Chosen", "NotLoadable", "available", "choose", "embedded", "fetch", "registry", "resolve", "rows",
            "shape_from_config"]
@@ -138,9 +138,8 @@ def _from_config(name: str, location: str, config: Mapping[str, Any], licence: s
         shape = shape_from_config(config)
     except DataError as error:
         raise DataError(f"Base model {location}: {error}") from error
-    # LoRA on every linear layer serves best (QLoRA, arXiv:2305.14314, section 4); gates of experts stay as
-    # they are.
-    targets = dict.fromkeys(x.name for x in shape.linears if x.name != "shared_expert_gate")
+    # LoRA on every linear layer serves best (QLoRA, arXiv:2305.14314, section 4).
+    targets = dict.fromkeys(x.name for x in shape.linears if x.name not in NOT_ADAPTED)
     return BaseModel(name=name, location=location, licence=licence, shape=shape, lora_targets=tuple(targets),
                      note=shape.note)
 

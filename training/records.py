@@ -64,7 +64,10 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
-    """What a machine can do. `figures` and `supports` are keyed by dotted names (`cpu.matmul_fp32`)."""
+    """What a machine can do. `figures` and `supports` are keyed by dotted names (`cpu.matmul_fp32`).
+
+    `versions`: of driver and packages. `rates_date`: when the rates were measured, if before `date`.
+    """
 
     name: str
     source: str
@@ -80,6 +83,8 @@ class HardwareProfile:
     disk_free_bytes: int
     figures: dict[str, Figure] = field(default_factory=dict)
     supports: dict[str, Support] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    rates_date: str = ""
 
     @property
     def device(self) -> str:
@@ -120,7 +125,8 @@ class ModelShape:
 
     `intermediate`: MLP width a token passes through (chosen experts together). `active_parameters`: those
     that compute for one token. `linears`: without head and experts. `rope_scaled`: its context is stretched
-    already. `note`: what the config left open.
+    already. `note`: what the config left open. `windows`: sliding window of each layer, 0 for full attention;
+    () when no layer has one.
     """
 
     family: str
@@ -139,6 +145,7 @@ class ModelShape:
     linears: tuple[LinearShape, ...] = ()
     rope_scaled: bool = False
     note: str = ""
+    windows: tuple[int, ...] = ()
 
     @property
     def total_parameters(self) -> int:
@@ -167,7 +174,7 @@ class BaseModel:
 class Request:
     """What the user asked for. `settings`: configuration keys set by flag, `--set` or `--config`.
 
-    None or 0 leaves a choice to the planner.
+    None or 0 leaves a choice to the planner. `anyway`: run even where the plan does not fit.
     """
 
     repo: str
@@ -179,6 +186,7 @@ class Request:
     epochs: int | None = None
     max_hours: float | None = None
     seed: int | None = None
+    anyway: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -201,8 +209,86 @@ class Limit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Range:
+    """An estimate: lowest, expected and highest. `source`: derived (formulas) or measured (a trial)."""
+
+    low: float
+    expected: float
+    high: float
+    source: str
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierRow:
+    """One tier worked out for a request. `step`: plain, recomputed or streamed. `fits`: verdict by limit.
+
+    `total_s`: of all epochs, before any cut to the hours granted; 0 when no rate is known. `places`: where
+    layer inputs, pages and weights live, and the ZeRO stage.
+    """
+
+    tier: int
+    context_tokens: int
+    target_tokens: int
+    step: str
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    step_s: float
+    total_s: float
+    fits: dict[str, bool]
+    places: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStep:
+    """Updates of the real model at one length. `seconds`: each micro-batch's, the first (warm-up) left out;
+    `update_s`: clipping and the optimizer's step.
+
+    `peak_bytes`: the device's, while it ran (a CPU: peak resident memory); `live_bytes`: tensors alone, None
+    when not measured. `error`: why there is no figure.
+    """
+
+    context_tokens: int
+    target_tokens: int
+    micro_batch: int
+    seconds: tuple[float, ...]
+    update_s: float
+    peak_bytes: int
+    live_bytes: int | None = None
+    loss: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Real steps taken before a run: small ones that fit the constants, one at size that confirms.
+
+    `load_s`: from the process's start to the loaded model. `resident_bytes`: of the process with the model
+    loaded, before the first step; `other_bytes`: its peak outside the steps (loading, evaluating, saving).
+    `evaluation_s`: one whole evaluation. `confirmed`: the last step had the planned size. `skipped`: why
+    there was no trial, or no step at size.
+    """
+
+    steps: tuple[TrialStep, ...]
+    load_s: float
+    resident_bytes: int
+    other_bytes: int = 0
+    evaluation_s: float | None = None
+    save_s: float | None = None
+    confirmed: bool = False
+    skipped: str = ""
+    date: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to run. `choices` holds every configuration key by its dotted name; tier 0 is below the table."""
+    """What to run. `choices` holds every configuration key by its dotted name; tier 0 is below the table.
+
+    `tiers`: each row of the table worked out. `ranges`: low, expected and high of `device_bytes`, `step_s`,
+    `total_s` and `loss`, by name; `trial`: what they were fitted to. `room`: usable `device_bytes`,
+    `host_bytes` and `disk_bytes`, and `device_total_bytes` before headroom.
+    """
 
     tier: int
     context_tokens: int
@@ -215,6 +301,10 @@ class Plan:
     step_s: float
     total_s: float
     notes: tuple[str, ...] = ()
+    tiers: tuple[TierRow, ...] = ()
+    ranges: dict[str, Range] = field(default_factory=dict)
+    trial: Trial | None = None
+    room: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from training.errors import CannotWrite, DataError, MissingInput
 from training.records import dumps, from_data
 
 Record = TypeVar("Record")
+TRIAL_ORDER, TRIAL = "trial-order.json", "trial.json"    # of a trial's own folder
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,27 @@ class RunDirectory:
     def report(self) -> Path:
         """The same for people."""
         return self.path / "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialLength:
+    """One length of a trial. `expected_s`: of a micro-batch, by the formulas (0: unknown)."""
+
+    context_tokens: int
+    target_tokens: int
+    expected_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialOrder:
+    """What a trial is asked for. `lengths` ascend and end with the planned one, whose step is left out when
+    it would take more than `limit_s`. `held_out_windows`, `completions`: of one evaluation."""
+
+    lengths: tuple[TrialLength, ...]
+    vocab_tokens: int
+    limit_s: float
+    held_out_windows: int
+    completions: int
 
 
 def write_text(path: Path, text: str) -> None:

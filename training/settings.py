@@ -72,6 +72,7 @@ KEYS: tuple[Key, ...] = (
     _key("training.max_steps", 0, "Ends the run at this step; 0: by epochs.", 0),
     _key("training.budget_s", 0.0, "Seconds of training steps granted; the number of steps is fitted to the "
          "measured speed of the first ones. 0: no limit.", 0.0),
+    _key("training.trial", True, "Take a few real steps before the run, to measure its memory and time."),
     _key("training.micro_batch", 1, "Windows a device computes at once.", 1, 4096),
     _key("training.accumulation", 8, "Micro-batches summed before an update.", 1, 4096),
     _key("training.learning_rate", 2e-4, "Highest learning rate.", 1e-8, 1.0),
@@ -96,6 +97,20 @@ KEYS: tuple[Key, ...] = (
     _key("device.kind", "cpu", "Where the model is trained.", choices=("cpu", "cuda")),
     _key("device.count", 1, "Devices, one process each.", 1, 1024),
     _key("device.threads", 0, "CPU threads of a process; 0: the machine's cores shared out.", 0, 4096),
+    _key("device.gpus", "", "Which GPUs, by index (`0,2`); empty: the first ones."),
+    _key("device.allocator", "default", "How memory is taken. On a GPU: segments that grow, or `split`, "
+         "which keeps blocks above 512 MiB whole. On a CPU `mapped` gives blocks from 1 MiB on back at once.",
+         choices=("default", "expandable", "split", "mapped")),
+    _key("device.memory_share", 0.0, "Share of a GPU's memory that a process may take; 0: all.", 0.0, 1.0),
+    _key("device.pool_share", 0.0, "Share of the planned device memory taken at the start; 0: none.", 0.0,
+         1.0),
+    _key("device.warmup_steps", 0, "Steps on made-up windows before the first real one; they change no "
+         "weight.", 0, 100),
+    _key("device.defragment_steps", 0, "Every so many updates idle device memory is given back when it is a "
+         "fifth or more of what is reserved; 0: never.", 0),
+    _key("device.cudnn_autotune", False, "cuDNN tries its convolution algorithms and keeps the fastest."),
+    _key("device.matmul_precision", "highest", "Factors of float32 matrix products: float32, TF32, or bf16.",
+         choices=("highest", "high", "medium")),
     _key("evaluation.windows", 32, "Held-out windows an evaluation reads.", 1),
     _key("evaluation.completions", 8, "Held-out spans completed before and after training.", 0, 10000),
     _key("evaluation.completion_tokens", 48, "Longest completion, tokens.", 1, 4096),
@@ -210,6 +225,15 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
      "deepspeed.offload_optimizer needs deepspeed.stage=1, 2 or 3; it is 0."),
     (lambda v: v["device.count"] > 1 and v["deepspeed.stage"] == 0,
      "device.count is {device_count} and plain Python drives one device; set deepspeed.stage=2."),
+    (lambda v: bool(v["device.gpus"]) and not re.fullmatch(r"\d+(,\d+)*", v["device.gpus"]),
+     "device.gpus is {device_gpus!r}; give indices such as 0,2."),
+    (lambda v: bool(re.fullmatch(r"[\d,]+", v["device.gpus"])) and
+     v["device.gpus"].count(",") + 1 != v["device.count"],
+     "device.gpus names {device_gpus} and device.count is {device_count}; give as many indices as devices."),
+    (lambda v: v["device.kind"] == "cpu" and v["device.allocator"] in ("expandable", "split"),
+     "device.allocator {device_allocator} is made for GPUs; on a CPU set it to default or mapped."),
+    (lambda v: v["device.kind"] == "cuda" and v["device.allocator"] == "mapped",
+     "device.allocator mapped is made for CPUs; on a GPU set it to default, expandable or split."),
     (lambda v: v["embedded.hidden"] % v["embedded.heads"] != 0,
      "embedded.hidden {embedded_hidden} is no multiple of embedded.heads {embedded_heads}."),
     (lambda v: v["embedded.heads"] % v["embedded.kv_heads"] != 0,
@@ -220,6 +244,10 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
     (lambda v: v["stream.weights"] == "streamed" and v["deepspeed.stage"] == 3,
      "stream.weights is streamed and deepspeed.stage is 3; both move the weights. Set "
      "stream.weights=resident."),
+    *((lambda v, name=name: v["device.kind"] == "cpu" and bool(v[name]),
+       f"{name} is for GPUs and device.kind is cpu; leave it out.")
+      for name in ("device.gpus", "device.memory_share", "device.pool_share", "device.defragment_steps",
+                   "device.cudnn_autotune")),
 )
 
 

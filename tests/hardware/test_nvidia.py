@@ -4,13 +4,20 @@ import time
 
 import pytest
 from smi_texts import (
+    H100_MIG_TABLE,
+    H200_MIG,
+    H200_MIG_LIST,
+    H200_MIG_TABLE,
     HUNG,
     LOST,
     MIG_EMPTY_LIST,
     MIG_LIST,
     MIG_QUERY,
     MISMATCH,
+    MIXED_LIST,
+    MIXED_QUERY,
     NO_DEVICES,
+    NO_TABLE,
     NOT_FOUND,
     NOT_LOADED,
     OLD_ANSWER,
@@ -22,6 +29,7 @@ from smi_texts import (
 )
 
 from training.hardware import nvidia
+from training.hardware.nvidia import Reply
 from training.records import GIB
 
 
@@ -66,16 +74,48 @@ def test_a_driver_in_trouble_says_what_it_is_and_what_to_do(reply, problem, advi
     assert "\n" not in driver.problem
 
 
-def test_a_divided_a100_offers_its_largest_instance_not_its_full_memory():
-    driver = nvidia.fetch(answers(MIG_QUERY, MIG_LIST))
+def test_a_divided_a100_offers_its_first_instance_not_its_full_memory():
+    driver = nvidia.fetch(answers(MIG_QUERY, MIG_LIST, NO_TABLE))
     (gpu,) = driver.gpus
     assert gpu.name == "NVIDIA A100-SXM4-40GB MIG 3g.20gb"
-    assert gpu.total_bytes == 20 * GIB
+    assert gpu.total_bytes == 18 * GIB
     assert "divided by MIG into 2" in driver.notes[0]
 
 
+@pytest.mark.parametrize(("table", "device", "sizes"), [
+    (H200_MIG_TABLE, (0, 3), (9, 16384)), (H200_MIG_TABLE, (0, 0), (22, 71424)),
+    (H100_MIG_TABLE, (0, 0), (26, 40448))])
+def test_the_table_tells_each_mig_devices_memory(table, device, sizes):
+    found = nvidia.instance_memory(table.text)
+    assert found[device] == (sizes[0] << 20, sizes[1] << 20)
+
+
+def test_without_a_table_a_mig_device_is_taken_for_less_than_it_has():
+    (gpu,) = nvidia.fetch(answers(H200_MIG, H200_MIG_LIST, NO_TABLE)).gpus
+    assert 0.85 * (71424 << 20) < gpu.total_bytes < 71424 << 20
+
+
+def test_beside_whole_gpus_a_divided_one_is_left_out():
+    driver = nvidia.fetch(answers(MIXED_QUERY, MIXED_LIST, NO_TABLE))
+    assert [gpu.index for gpu in driver.gpus] == [1, 2, 3]
+    assert {gpu.name for gpu in driver.gpus} == {"NVIDIA A100-SXM4-80GB"}
+    assert driver.problem == ""
+    assert "GPU 0 is divided by MIG into 4" in driver.notes[0]
+    assert "it is left out beside whole GPUs" in driver.notes[0]
+
+
+def test_of_two_divided_gpus_a_process_gets_one_device():
+    query = Reply(code=0, text="".join(line.replace("Disabled", "Enabled") + "\n"
+                                       for line in MIXED_QUERY.text.splitlines()[:2]))
+    listing = Reply(code=0, text=MIXED_LIST.text.replace("GPU 1: NVIDIA A100-SXM4-80GB (", "GPU 1: X (")
+                    .split("GPU 2:")[0] + "  MIG 2g.20gb     Device  0: (UUID: MIG-1)\n")
+    driver = nvidia.fetch(answers(query, listing, NO_TABLE))
+    assert [gpu.name for gpu in driver.gpus] == ["NVIDIA A100-SXM4-80GB MIG 1g.20gb"]
+    assert "GPU 1 is divided by MIG into 1 (2g.20gb)" in driver.notes[1]
+
+
 def test_mig_mode_without_an_instance_leaves_no_gpu_and_says_so():
-    driver = nvidia.fetch(answers(MIG_QUERY, MIG_EMPTY_LIST))
+    driver = nvidia.fetch(answers(MIG_QUERY, MIG_EMPTY_LIST, NO_TABLE))
     assert driver.gpus == ()
     assert "without an instance" in driver.problem
     assert "Create a MIG instance" in driver.what_to_do

@@ -59,6 +59,14 @@ def test_the_quick_profile_measures_processor_and_disk_and_leaves_no_file(quick)
     assert list(quick["folder"].iterdir()) == []
 
 
+def test_both_profiles_tell_the_systems_limits_and_the_versions(quick, full):
+    for profile in (from_data(HardwareProfile, quick["profile"]), full[0]):
+        assert {"host.pinned_limit", "host.memlock_limit", "host.cgroup_memory", "host.cgroup_cpus",
+                "host.open_files", "host.swap", "host.shm"} <= profile.figures.keys()
+        assert {"torch", "deepspeed", "bitsandbytes"} <= profile.versions.keys()
+        assert profile.rates_date == ""
+
+
 def test_a_quick_profile_survives_its_json(quick):
     profile = from_data(HardwareProfile, quick["profile"])
     assert json.loads(dumps(profile)) == quick["profile"]
@@ -67,11 +75,14 @@ def test_a_quick_profile_survives_its_json(quick):
 
 def test_the_full_profile_measures_with_torch_and_tries_the_quantized_kernels(full):
     profile, _ = full
-    for name in ("cpu.matmul_fp32", "cpu.matmul_bf16", "cpu.train_fp32", "cpu.memory_bandwidth"):
-        figure = profile.figures[name]
+    for name in ("matmul_fp32", "matmul_bf16", "matmul_fp16", "train_fp32", "memory_bandwidth",
+                 "attention_forward", "attention_backward", "attention_forward_1024",
+                 "attention_backward_1024", "nf4_linear", "nf4_unpack"):
+        figure = profile.figures[f"cpu.{name}"]
         assert figure.value, f"{name}: {figure.method}"
         assert figure.repeats >= 1
-    for name in ("sdpa_flash", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        assert (figure.spread is None) == (figure.repeats == 1)
+    for name in ("sdpa_flash", "sdpa_math", "bitsandbytes_4bit", "bitsandbytes_8bit"):
         assert profile.supports[name].works, profile.supports[name].why
         assert "tried" in profile.supports[name].why
 

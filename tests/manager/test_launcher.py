@@ -51,6 +51,17 @@ def test_ranks_use_the_gpus_that_the_user_made_visible():
         launcher.device_ids(config, {"CUDA_VISIBLE_DEVICES": "3"})
 
 
+def test_named_gpus_are_positions_among_the_visible_ones():
+    two = Config({**ZERO_2, "device.kind": "cuda", "device.gpus": "0,2"})
+    assert launcher.device_ids(two, {}) == ["0", "2"]
+    assert launcher.device_ids(two, {"CUDA_VISIBLE_DEVICES": "3,GPU-8f1c,5"}) == ["3", "5"]
+    with pytest.raises(MissingInput, match=r"needs 3 GPUs and CUDA_VISIBLE_DEVICES=3,4 shows 2"):
+        launcher.device_ids(two, {"CUDA_VISIBLE_DEVICES": "3,4"})
+    one = Config({"device.kind": "cuda", "device.gpus": "1"})
+    assert launcher.environment(one, {})["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in launcher.environment(Config({"device.kind": "cuda"}), {})
+
+
 def test_cpu_ranks_share_the_cores_wait_passively_and_see_no_gpu():
     env = launcher.environment(Config(ZERO_2), {"PATH": "/bin", "RANK": "3", "WORLD_SIZE": "9", "HOME": "/h"},
                                python="/env/bin/python", cores=16)
@@ -72,6 +83,16 @@ def test_a_gpu_run_gets_expandable_segments_unless_the_user_chose():
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         chosen = launcher.environment(config, {name: "max_split_size_mb:64"}, cores=4)
         assert [value for key, value in chosen.items() if "ALLOC_CONF" in key] == ["max_split_size_mb:64"]
+
+
+def test_the_allocator_is_told_before_the_trainer_starts():
+    split = Config({"device.kind": "cuda", "device.allocator": "split"})
+    assert launcher.environment(split, {})["PYTORCH_ALLOC_CONF"] == (
+        "max_split_size_mb:512,garbage_collection_threshold:0.8")
+    mapped = Config({"device.allocator": "mapped"})
+    assert launcher.environment(mapped, {})["MALLOC_MMAP_THRESHOLD_"] == "1048576"
+    assert launcher.environment(mapped, {"MALLOC_MMAP_THRESHOLD_": "7"})["MALLOC_MMAP_THRESHOLD_"] == "7"
+    assert "MALLOC_MMAP_THRESHOLD_" not in launcher.environment(Config({}), {})
 
 
 def test_threads_of_the_configuration_beat_the_shell_which_beats_the_share():

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.real
 def test_a_streamed_run_under_deepspeed_ends_with_a_better_model(tmp_path):
     base = make_tiny_checkpoint(tmp_path / "base", "qwen2", attention_dropout=0.1)
     settings = {"stream.chunk_tokens": 384, "deepspeed.stage": 2, "training.max_steps": 4,
+                "training.trial": "false",
                 "training.accumulation": 2, "training.learning_rate": 0.01, "evaluation.windows": 2,
                 "evaluation.completions": 1, "evaluation.completion_tokens": 4}
     chosen = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]

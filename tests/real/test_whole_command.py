@@ -19,6 +19,7 @@ PACKAGE = Path(typer.__file__).parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
 SMALL = ["--context", "256", "--set", "evaluation.windows=8", "--set", "evaluation.completions=4",
          "--set", "evaluation.completion_tokens=8"]
+NO_TRIAL = ["--set", "training.trial=false"]
 pytestmark = pytest.mark.real
 
 
@@ -71,6 +72,13 @@ def test_every_stage_leaves_its_file_and_shows_its_reasons(trained):
                   "Base model: embedded", "Predicted", "Measured", "Before", "After", "load it with"):
         assert words in done.stderr
     assert "Traceback" not in done.stderr
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["trial"]["confirmed"]
+    assert plan["memory"]["device_bytes"] == plan["ranges"]["device_bytes"]["expected"]
+    memory = json.loads((run / "result.json").read_text())["memory"]
+    assert memory["predicted_bytes"] == plan["memory"]["device_bytes"]
+    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.1)
+    assert list(run.parent.iterdir()) == [run]  # the trial's folder is gone
     assert max(map(len, done.stderr.splitlines())) <= 80 + len(str(run))
 
 
@@ -121,8 +129,9 @@ ZERO_2 = ["--set", "deepspeed.stage=2", "--set", "deepspeed.offload_optimizer=tr
                                                        ("qwen2", "Qwen2ForCausalLM", ZERO_2)])
 def test_nf4_and_lora_on_a_tiny_checkpoint_in_plain_python_and_under_deepspeed(tmp_path, family, name, extra):
     base = make_tiny_checkpoint(tmp_path / family, family)
-    done = elite("--auto", "--repo", PACKAGE, "--output", "run", "--base-model", base, *SMALL, *extra,
-                 "--set", "training.max_steps=12", "--set", "training.learning_rate=0.01", folder=tmp_path)
+    done = elite("--auto", "--repo", PACKAGE, "--output", "run", "--base-model", base, *SMALL, *NO_TRIAL,
+                 *extra, "--set", "training.max_steps=12", "--set", "training.learning_rate=0.01",
+                 folder=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     config = (run / "config.yaml").read_text()
@@ -140,7 +149,7 @@ def test_nf4_and_lora_on_a_tiny_checkpoint_in_plain_python_and_under_deepspeed(t
 def test_ctrl_c_saves_and_resume_finishes(tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "elite_train.py"), "--auto", "--repo", str(PACKAGE), "--model-name",
-         "stopped", "--base-model", "embedded", *SMALL, "--set", "training.max_steps=24",
+         "stopped", "--base-model", "embedded", *SMALL, *NO_TRIAL, "--set", "training.max_steps=24",
          "--set", "training.save_steps=0"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
         env=ENVIRONMENT, start_new_session=True)
@@ -172,7 +181,7 @@ def test_fresh_moves_the_old_run_aside(tmp_path):
     old.mkdir(parents=True)
     (old / "plan.json").write_text("{}")
     done = elite("--auto", "--fresh", "--repo", PACKAGE, "--model-name", "typer", "--base-model", "embedded",
-                 *SMALL, "--set", "training.max_steps=1", folder=tmp_path)
+                 *SMALL, *NO_TRIAL, "--set", "training.max_steps=1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/typer.old-1/plan.json").read_text() == "{}"
     assert "The old run was moved to runs/typer.old-1." in done.stdout
@@ -192,7 +201,7 @@ def test_dry_run_and_plan_write_nothing(tmp_path, tmp_path_factory):
     card = tmp_path_factory.mktemp("card") / "card.yaml"
     card.write_text(CARD)
     done = elite("--auto", "--dry-run", "--json", "--repo", PACKAGE, "--base-model", "embedded",
-                 folder=tmp_path)
+                 *NO_TRIAL, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {"tier", "choices", "memory", "limits", "step_s", "total_s"} <= json.loads(done.stdout).keys()
     done = elite("plan", "--json", "--repo", PACKAGE, "--vram", "12", "--disk", "300", "--hardware", card,

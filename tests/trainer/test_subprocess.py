@@ -181,7 +181,8 @@ def test_a_stop_saves_and_a_resume_ends_the_same(with_dataset, finished, tmp_pat
 
 @real
 def test_kills_and_resumes_end_in_the_uninterrupted_weights(with_dataset, finished, tmp_path):
-    run = run_at(with_dataset, tmp_path / "run", training__save_steps=1)
+    """Each start is warmed up, and the run they are compared with was not."""
+    run = run_at(with_dataset, tmp_path / "run", training__save_steps=1, device__warmup_steps=1)
     for made in (3, 7):
         process = start(run)
         wait_for(process, lambda made=made: len(steps_made(run)) >= made)
@@ -190,6 +191,7 @@ def test_kills_and_resumes_end_in_the_uninterrupted_weights(with_dataset, finish
     last = train(run)
     assert last.returncode == 0
     assert "going on from checkpoint-" in last.stdout
+    assert "warmed up with 1 step on made-up windows" in last.stdout
     assert outcome(run).digest == outcome(finished[0]).digest
     assert steps_made(run) == list(range(1, 13))
 

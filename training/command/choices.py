@@ -17,6 +17,7 @@ from training.errors import EliteError, Problems, UsageError
 
 Text = Optional[str]  # noqa: UP045  Typer evaluates these, also on Python 3.10
 Whole = Optional[int]  # noqa: UP045
+Switch = Optional[bool]  # noqa: UP045
 Number = Optional[float]  # noqa: UP045
 Words = Optional[list[str]]  # noqa: UP045
 # The flags that name a configuration key; `--set` and `--config` name the same ones.
@@ -47,6 +48,7 @@ class Choices:
     tier: Annotated[Whole, value("Row of the tier table (docs/tiers.md).", "N")] = None
     context: Annotated[Whole, value("Length of a window, tokens.", "TOKENS")] = None
     max_hours: Annotated[Number, value("Hours granted to training; 48 if not given.", "H")] = None
+    anyway: Annotated[Switch, flag("--anyway", "Run though the plan does not fit.")] = None
     seed: Annotated[Whole, value("Seed of every random choice.", "N")] = None
     config: Annotated[Text, value("YAML with configuration keys (docs/configuration.md).", "FILE")] = None
     set: Annotated[Words, value("One configuration key; repeatable.", "KEY=VALUE")] = None

@@ -38,8 +38,10 @@ class Checked:
     output: Path
 
 
-def check(choices: Choices, survey: Survey, fresh: bool = False, claim: bool = True) -> Checked:
-    """Everything that can be known before measuring and planning. `claim`: a run will be written.
+def check(choices: Choices, survey: Survey, fresh: bool = False, claim: bool = True,
+          instead: RepositoryFacts | None = None) -> Checked:
+    """Everything that can be known before measuring and planning. `claim`: a run will be written. `instead`:
+    what stands for the repository where none was named.
 
     Raises one EliteError, or Problems with all of them: usage first, then inputs, then the output.
     """
@@ -47,8 +49,9 @@ def check(choices: Choices, survey: Survey, fresh: bool = False, claim: bool = T
     found += _name_problems(choices, settings)
     inputs: list[EliteError] = []
     name = str(settings.get("model.base") or "auto")
-    repo = collect(inputs, lambda: _repository(settings))
-    facts = collect(inputs, lambda: survey(repo)) if repo else None
+    facts = instead if instead and not settings.get("dataset.repo") else None
+    repo = "" if facts else collect(inputs, lambda: _repository(settings))
+    facts = collect(inputs, lambda: survey(repo)) if repo else facts
     base = collect(inputs, lambda: _likely_base(name)) or _farthest()
     output = _output(choices, settings, repo or "")
     request = _request(choices, settings, facts or NO_REPOSITORY, name, output)
@@ -67,7 +70,7 @@ def _request(choices: Choices, settings: Mapping[str, Any], facts: RepositoryFac
     return Request(repo=facts.path, output=str(output), base_model=base, tier=choices.tier,
                    model_name=str(settings.get("run.name") or "") or output.absolute().name,
                    context_tokens=sound.get("dataset.context_tokens"), epochs=sound.get("training.epochs"),
-                   max_hours=choices.max_hours, seed=sound.get("run.seed"),
+                   max_hours=choices.max_hours, seed=sound.get("run.seed"), anyway=bool(choices.anyway),
                    settings={key: value for key, value in sound.items() if key not in IDENTITY})
 
 

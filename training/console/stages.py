@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 
-from training.console.theme import amount, gib, plain, rows, span
-from training.records import Choice, HardwareProfile, Limit, Plan, RepositoryFacts, Request
+from training.console.outlooks import outlook as outlook
+from training.console.parts import heading as heading
+from training.console.parts import note as note
+from training.console.parts import show
+from training.console.planned import plan as plan
+from training.console.planned import trial as trial
+from training.console.theme import amount, gib, plain, rows
+from training.records import Gpu, HardwareProfile, RepositoryFacts, Request
 
-LIMITS = {"device_memory": "device memory", "host_memory": "host memory", "disk": "disk",
-          "hours": "hours granted", "repository": "repository"}
 SHOWN_FLAGS = ("avx2", "avx512f", "amx_bf16", "asimd", "sve")
-# Shown whatever their source; the rest of the choices only when the user or a measurement set them.
-MAIN_KEYS = ("model.base", "model.quantization", "dataset.context_tokens", "lora.rank", "training.epochs",
-             "training.learning_rate", "deepspeed.stage")
-SAID_BEFORE = ("run.name", "dataset.repo")  # in the opening line
-SHOWN_FIGURES = ("matmul", "attention", "memory_bandwidth", "disk.", "h2d_pinned", "train_step")
-
-
-def heading(console: Console, number: int, name: str, seconds: float | None = None) -> None:
-    """The line that opens a stage; `seconds`: how long its work took."""
-    console.print()
-    line = plain(f"{number} {name}", "stage")
-    if seconds is not None:
-        line.append(f"  {span(seconds)}", "quiet")
-    console.print(line)
-
-
-def _show(console: Console, table: Table) -> None:
-    if table.row_count:
-        console.print(Padding(table, (0, 0, 0, 2)))
-
-
-def note(console: Console, text: str, style: str = "") -> None:
-    """One indented sentence."""
-    console.print(Padding(plain(text, style), (0, 0, 0, 2)))
+SHOWN_FIGURES = {"gpu0": {"matmul_bf16": "bf16", "matmul_fp16": "fp16", "memory_bandwidth": "memory",
+                          "h2d_pinned": "from the host"},
+                 "cpu": {"matmul_fp32": "fp32", "matmul_bf16": "bf16"},
+                 "disk": {"read": "read", "write": "write"}}
 
 
 def opening(console: Console, facts: RepositoryFacts, request: Request) -> None:
@@ -53,48 +36,82 @@ def opening(console: Console, facts: RepositoryFacts, request: Request) -> None:
 
 
 def hardware(console: Console, profile: HardwareProfile, every: bool = False) -> None:
-    """What was measured. `every`: all figures with their methods, and what does not work with what to do."""
+    """What the machine can do. `every`: all figures with their methods, and what does not work with what to
+    do."""
     table = rows("", "", wide=1)
     flags = " ".join(flag for flag in profile.cpu_flags if flag in SHOWN_FLAGS)
-    table.add_row("CPU", plain(f"{profile.cpu_name}, {profile.cpu_cores} cores {flags}".strip()))
-    for gpu in profile.gpus:
-        table.add_row(f"GPU {gpu.index}", plain(f"{gpu.name}, {gpu.architecture} ({gpu.capability}), "
-                                                f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free"))
+    speed = "" if every else _speed(profile, "cpu")
+    table.add_row("CPU", plain(f"{profile.cpu_name}, {profile.cpu_cores} cores {flags}".strip() + speed))
+    for name, gpu in _gpus(profile.gpus):
+        table.add_row(plain(name), plain(f"{gpu.name}, {gpu.architecture} ({gpu.capability}), "
+                                         f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free"))
     if not profile.gpus:
         table.add_row("GPU", "none found: training runs on the CPU")
+    if not every and (speed := _speed(profile, "gpu0")):
+        table.add_row("", plain(speed.removeprefix(", ")))
     table.add_row("Memory", f"{gib(profile.ram_available_bytes)} of {gib(profile.ram_total_bytes)} free")
     where = f" at {profile.disk_path}" if profile.disk_path else ""
-    table.add_row("Disk", plain(f"{gib(profile.disk_free_bytes)} free{where}"))
-    _show(console, table)
-    _figures(console, profile, every)
+    speed = "" if every else _speed(profile, "disk")
+    table.add_row("Disk", plain(f"{gib(profile.disk_free_bytes)} free{where}{speed}"))
+    show(console, table)
+    _described(console, profile)
+    if every:
+        _figures(console, profile)
     _supports(console, profile, every)
 
 
-def _figures(console: Console, profile: HardwareProfile, every: bool) -> None:
+def _gpus(gpus: Sequence[Gpu]) -> list[tuple[str, Gpu]]:
+    """GPUs with their numbers; alike ones that follow each other in one row."""
+    found: list[list[Gpu]] = []
+    for gpu in gpus:
+        if found and dataclasses.replace(gpu, index=found[-1][0].index) == found[-1][0]:
+            found[-1].append(gpu)
+        else:
+            found.append([gpu])
+    return [(f"GPU {same[0].index}" + (f"-{same[-1].index}" if len(same) > 1 else ""), same[0])
+            for same in found]
+
+
+def _speed(profile: HardwareProfile, part: str) -> str:
+    """The figures of one part that plans rest on, each after a comma."""
+    found = {told: profile.figures.get(f"{part}.{name}") for name, told in SHOWN_FIGURES[part].items()}
+    return "".join(f", {name} {amount(figure.value, figure.unit)}"
+                   for name, figure in found.items() if figure is not None and figure.value is not None)
+
+
+def _described(console: Console, profile: HardwareProfile) -> None:
+    """Where the figures of a described machine are from."""
+    if profile.source == "preset":
+        note(console, f"Described, not measured: {profile.name}.", "warn")
+    for method in {figure.method for name, figure in profile.figures.items()
+                   if name.startswith("gpu0.matmul") and figure.method.startswith("not measured")}:
+        note(console, f"The GPU's speed is {method}.", "warn")
+
+
+def _figures(console: Console, profile: HardwareProfile) -> None:
     table = rows("Measured", "Value", "Spread", "How", right=(1, 2), wide=3)
     last = ""
     for name, figure in sorted(profile.figures.items()):
-        if every or (figure.value is not None and any(part in name for part in SHOWN_FIGURES)):
-            spread = f"{100 * figure.spread:.0f} %" if figure.spread is not None else ""
-            value = amount(figure.value, figure.unit)
-            how = figure.method if figure.method != last else ""  # a preset has one source for all
-            table.add_row(plain(name), value, spread, plain(how, "quiet"))
-            last = figure.method
-    _show(console, table)
+        spread = f"{100 * figure.spread:.0f} %" if figure.spread is not None else ""
+        how = figure.method if figure.method != last else ""  # a preset has one source for all
+        table.add_row(plain(name), amount(figure.value, figure.unit), spread, plain(how, "quiet"))
+        last = figure.method
+    show(console, table)
 
 
 def _supports(console: Console, profile: HardwareProfile, every: bool) -> None:
     works = [name for name, support in profile.supports.items() if support.works]
     lacking = {name: support for name, support in profile.supports.items() if not support.works}
-    if works:
+    if works and every:
         note(console, f"Works here: {', '.join(works)}.")
-    if lacking and not every:
-        note(console, f"Not here: {', '.join(lacking)}; `doctor` says why and what to do.", "quiet")
+    elif profile.supports:
+        names = f"; not {', '.join(lacking)}: `doctor` says why" if lacking else ""
+        note(console, f"{len(works)} of {len(profile.supports)} optimizations work here{names}.", "quiet")
     if every:
         table = rows("Not here", "Why, and what to do", wide=1)
         for name, support in lacking.items():
             table.add_row(plain(name), plain("; ".join(filter(None, (support.why, support.what_to_do)))))
-        _show(console, table)
+        show(console, table)
 
 
 def base(console: Console, name: str, why: str, fallback: str) -> None:
@@ -102,55 +119,6 @@ def base(console: Console, name: str, why: str, fallback: str) -> None:
     if fallback:
         note(console, fallback, "warn")
     note(console, f"Base model: {name}. {why}")
-
-
-def plan(console: Console, made: Plan) -> None:
-    """Tier, limits, memory, time and the choices that were not presets, each with its reason."""
-    tier = f"Tier {made.tier}" if made.tier else "Below tier 1"
-    note(console, f"{tier}: windows of {made.context_tokens:,} tokens, {made.target_tokens:,} of "
-                  f"them trained on; {made.steps:,} steps of {span(made.step_s)}, {span(made.total_s)} in "
-                  "all.", "head")
-    _limits(console, made.limits, made.tier)
-    _memory(console, made)
-    _choices(console, made.choices)
-    for text in made.notes:
-        note(console, text, "warn")
-
-
-def _choices(console: Console, choices: Mapping[str, Choice]) -> None:
-    """The main choices and those that the user or a measurement made: value, source, reason."""
-    shown = {name: choice for name, choice in choices.items() if name not in SAID_BEFORE
-             and (name in MAIN_KEYS or choice.source in ("user", "measured"))}
-    table = rows("Choice", "Value and reason", wide=1)
-    for name, choice in shown.items():
-        reason = plain(_short(choice.value), "head")
-        style = {"user": "head", "measured": "good"}.get(choice.source, "quiet")
-        reason.append(f"  {choice.source}: ", style)
-        table.add_row(plain(name), reason.append_text(plain(choice.why)))
-    _show(console, table)
-    if hidden := len(choices) - len(shown):
-        note(console, f"{hidden} more choices, each with its reason, are in plan.json.", "quiet")
-
-
-def _short(value: Any) -> str:
-    text = ", ".join(str(item) for item in value) if isinstance(value, list | tuple) else f"{value}"
-    return text if len(text) <= 40 else "..." + text[-37:]
-
-
-def _limits(console: Console, limits: Mapping[str, Limit], chosen: int) -> None:
-    table = rows("Limit", "Allows", "Why", wide=2)
-    for name, limit in limits.items():
-        allows = f"tier {limit.tier}" if limit.tier else "no tier"
-        style = "warn" if limit.tier <= chosen else ""
-        table.add_row(LIMITS.get(name, plain(name)), plain(allows, style), plain(limit.why))
-    _show(console, table)
-
-
-def _memory(console: Console, made: Plan) -> None:
-    terms = sorted(((size, name) for name, size in made.memory.terms.items() if size), reverse=True)
-    largest = ", ".join(f"{name} {gib(size)}" for size, name in terms[:4])
-    note(console, f"Memory: {gib(made.memory.device_bytes)} on the device ({largest}), "
-                  f"{gib(made.memory.host_bytes)} on the host, {gib(made.memory.disk_bytes)} on disk.")
 
 
 def configuration(console: Console, path: Path, old: Path | None) -> None:
@@ -196,13 +164,15 @@ def result(console: Console, summary: Mapping[str, Any]) -> None:
     table = rows("", "Predicted", "Measured", "Off", right=(1, 2, 3))
     for row in summary.get("compared", ()):
         table.add_row(plain(row["name"]), row["predicted"], row["measured"], row["off"])
-    _show(console, table)
+    show(console, table)
+    if summary.get("curve"):
+        note(console, f"The loss curve at half: {summary['curve']}.", "quiet")
     table = rows("", "Before", "After", "Change", "", right=(1, 2, 3))
     for row in summary.get("quality", ()):
         style = {"better": "good", "worse": "bad"}.get(row["verdict"], "")
         table.add_row(plain(row["name"]), row["before"], row["after"], row["change"],
                       plain(row["verdict"], style))
-    _show(console, table)
+    show(console, table)
     if summary.get("sample"):
         _sample(console, summary["sample"])
     _loading(console, summary)
@@ -216,7 +186,7 @@ def _sample(console: Console, sample: Mapping[str, str]) -> None:
         lines = sample.get(name, "").rstrip("\n").split("\n")
         lines = lines[-3:] if name == "prefix" else lines[:3]
         table.add_row(plain("..." if name == "prefix" else name, "quiet"), plain("\n".join(lines)))
-    _show(console, table)
+    show(console, table)
 
 
 def _loading(console: Console, summary: Mapping[str, Any]) -> None:
@@ -240,7 +210,7 @@ def runs(console: Console, infos: Sequence[Mapping[str, Any]], folder: str) -> N
         steps = f"{info['step']:,}/{info['steps']:,}"
         table.add_row(plain(info["name"]), plain(info["state"], style), steps, loss, f"{info['tier']}",
                       plain(info["base_model"]), plain(info["date"][:16]))
-    _show(console, table)
+    show(console, table)
 
 
 def doctor(console: Console, lines: Sequence[tuple[str, str, str, str]]) -> None:
@@ -249,7 +219,7 @@ def doctor(console: Console, lines: Sequence[tuple[str, str, str, str]]) -> None
     for group, name, state, detail in lines:
         style = {"yes": "good", "MISSING": "bad"}.get(state, "warn")
         table.add_row(plain(group, "head"), plain(name), plain(state, style), plain(detail))
-    _show(console, table)
+    show(console, table)
 
 
 def ledger(console: Console, entries: Sequence[Any]) -> None:
@@ -260,4 +230,4 @@ def ledger(console: Console, entries: Sequence[Any]) -> None:
                    for name in ("memory_bytes", "tokens_per_s", "loss")]
         style = {"helped": "good", "hurt": "bad"}.get(entry.verdict, "quiet")
         table.add_row(plain(entry.id), plain(entry.verdict, style), *changes, plain(entry.why, "quiet"))
-    _show(console, table)
+    show(console, table)

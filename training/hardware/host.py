@@ -12,8 +12,9 @@ from pathlib import Path
 
 # cgroup v1 writes "no limit" as the largest page-aligned int64; no machine has an exbibyte.
 NO_LIMIT_BYTES = 1 << 60
-KNOWN_FLAGS = ("avx", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "avx_vnni",
-               "f16c", "fma", "neon", "asimd", "bf16", "sve", "i8mm")
+KNOWN_FLAGS = ("sse4_2", "avx", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16",
+               "amx_fp16", "amx_int8", "amx_tile", "avx_vnni", "f16c", "fma", "neon", "asimd", "asimdhp",
+               "bf16", "sve", "sve2", "i8mm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +36,15 @@ def fetch(output: Path | None) -> Host:
     """Read the machine. The disk is the one that `output` lies on, or will lie on; nothing is created."""
     import psutil
 
-    cpuinfo = _read(Path("/proc/cpuinfo"))
-    release = _read(Path("/proc/version"))
+    cpuinfo = read_text(Path("/proc/cpuinfo"))
+    release = read_text(Path("/proc/version"))
     memory = psutil.virtual_memory()
-    limit_bytes, used_bytes = memory_limit(_read(Path("/proc/self/cgroup")))
+    limit_bytes, used_bytes = memory_limit(read_text(Path("/proc/self/cgroup")))
     disk = existing_parent(output)
     return Host(
         system=_system(release), wsl="microsoft" in release.lower(),
         cpu_name=cpu_name(cpuinfo) or platform.processor() or platform.machine(),
-        cpu_cores=usable_cores(_affinity(), cpu_limit(_read(Path("/proc/self/cgroup")))),
+        cpu_cores=usable_cores(_affinity(), cpu_limit(read_text(Path("/proc/self/cgroup")))),
         cpu_flags=cpu_flags(cpuinfo),
         ram_total_bytes=min(memory.total, limit_bytes or memory.total),
         ram_available_bytes=min(memory.available, max(0, limit_bytes - used_bytes) if limit_bytes
@@ -56,7 +57,8 @@ def _system(release: str) -> str:
     return f"{platform.system()} {platform.release()} {platform.machine()}{note}"
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A small system file's text, "" when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -116,7 +118,7 @@ def memory_limit(membership: str, root: Path = Path("/sys/fs/cgroup")) -> tuple[
 
 
 def _droppable(folder: Path) -> int:
-    text = _read(folder / "memory.stat")
+    text = read_text(folder / "memory.stat")
     # Version 1 lists the group alone as inactive_file and the whole tree as total_inactive_file.
     match = (re.search(r"^total_inactive_file (\d+)$", text, re.MULTILINE)
              or re.search(r"^inactive_file (\d+)$", text, re.MULTILINE))
@@ -127,7 +129,7 @@ def cpu_limit(membership: str, root: Path = Path("/sys/fs/cgroup")) -> float | N
     """The tightest cgroup processor quota in cores, or None."""
     quotas = []
     for folder in _folders(membership, root, "cpu"):
-        parts = _read(folder / "cpu.max").split()
+        parts = read_text(folder / "cpu.max").split()
         if len(parts) != 2:
             parts = [str(_number(folder / "cpu.cfs_quota_us")), str(_number(folder / "cpu.cfs_period_us"))]
         if parts[0].isdigit() and int(parts[0]) > 0 and int(parts[1]) > 0:
@@ -154,5 +156,5 @@ def _folders(membership: str, root: Path, controller: str) -> list[Path]:
 
 def _number(path: Path) -> int:
     """The number in a cgroup file; 0 for `max`, -1 and what cannot be read."""
-    text = _read(path).strip()
+    text = read_text(path).strip()
     return int(text) if text.isdigit() else 0

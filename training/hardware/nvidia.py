@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -103,8 +104,8 @@ def fetch(ask: Callable[[list[str]], Reply] = run_smi) -> Driver:
         fields = OLD_FIELDS
         reply = ask(_query(fields))
     driver = parse(reply, fields)
-    if any(_is_divided(row) for row in rows(reply.text, fields)):
-        return with_instances(driver, ask(["-L"]).text)
+    if divided := {int(row["index"]) for row in rows(reply.text, fields) if _is_divided(row)}:
+        return with_instances(driver, divided, ask(["-L"]).text, ask([]).text)
     return driver
 
 
@@ -167,7 +168,8 @@ def _is_divided(row: dict[str, str]) -> bool:
 
 
 def instances(text: str) -> dict[int, list[str]]:
-    """The MIG instances per GPU index in `nvidia-smi -L`'s text, each by its profile (`3g.20gb`)."""
+    """The MIG devices per GPU index in `nvidia-smi -L`'s text, in its order, each by its profile (`3g.20gb`;
+    `1c.3g.71gb` is a part of the cores of a 3g.71gb, all of whose memory it shares)."""
     found: dict[int, list[str]] = {}
     index = -1
     for line in text.splitlines():
@@ -178,28 +180,48 @@ def instances(text: str) -> dict[int, list[str]]:
     return found
 
 
-def with_instances(driver: Driver, listing: str) -> Driver:
-    """Replace each divided GPU by the largest of its MIG instances, which is all that one process can use.
+def instance_memory(table: str) -> dict[tuple[int, int], tuple[int, int]]:
+    """(GPU, MIG device) -> used and total bytes, from the `MIG devices` part of plain `nvidia-smi`."""
+    row = re.compile(r"\|\s*(\d+)\s+\d+\s+\d+\s+(\d+)\s*\|\s*(\d+)MiB\s*/\s*(\d+)MiB")
+    return {(int(gpu), int(device)): (int(used) * MIB, int(total) * MIB)
+            for gpu, device, used, total in row.findall(table)}
 
-    The size is the profile's (`3g.20gb` is 20 GB, a little less in fact); the full profile measures it.
+
+def with_instances(driver: Driver, divided: set[int], listing: str, table: str) -> Driver:
+    """The GPUs a process can use where those in `divided` are in MIG mode: the whole ones, else the first MIG
+    device, since CUDA opens one in a process (pytorch/pytorch#102715).
+
+    Its size is that of the table (a `1g.18gb` has 16,384 MiB); where there is none, nine tenths of the
+    profile's. The full profile asks CUDA itself.
     """
-    divided = instances(listing)
-    gpus, notes = [], list(driver.notes)
-    for gpu in driver.gpus:
-        profiles = divided.get(gpu.index, [])
-        sized = sorted((int(match[1]), name) for name in profiles if (match := re.search(r"\.(\d+)gb", name)))
-        if not sized:
-            notes.append(f"GPU {gpu.index} is in MIG mode without an instance, so it cannot be used. "
-                         "Create one (`nvidia-smi mig -cgi`) or switch MIG off.")
-            continue
-        size_gb, name = sized[-1]
-        total_bytes = size_gb * 1024 * MIB
-        gpus.append(Gpu(index=gpu.index, name=f"{gpu.name} MIG {name}", architecture=gpu.architecture,
-                        capability=gpu.capability, total_bytes=total_bytes, free_bytes=total_bytes))
-        notes.append(f"GPU {gpu.index} is divided by MIG into {len(profiles)}; a process uses one instance.")
-    problem = "" if gpus else "every GPU is in MIG mode without an instance"
-    return Driver(installed=True, gpus=tuple(gpus), version=driver.version, problem=problem,
-                  what_to_do="" if gpus else "Create a MIG instance or switch MIG off.", notes=tuple(notes))
+    found, sizes = instances(listing), instance_memory(table)
+    gpus = tuple(gpu for gpu in driver.gpus if gpu.index not in divided)
+    usable = [gpu for gpu in driver.gpus if gpu.index in divided and gpu.index in found]
+    told = tuple(_mig_note(index, found.get(index, []), bool(gpus)) for index in sorted(divided))
+    notes = driver.notes + told
+    if not gpus and not usable:
+        return dataclasses.replace(driver, gpus=(), notes=notes,
+                                   problem="every GPU is in MIG mode without an instance",
+                                   what_to_do="Create a MIG instance or switch MIG off.")
+    gpus = gpus or (_first_instance(usable[0], found[usable[0].index], sizes),)
+    return dataclasses.replace(driver, gpus=gpus, notes=notes)
+
+
+def _mig_note(index: int, profiles: list[str], beside_whole: bool) -> str:
+    if not profiles:
+        return (f"GPU {index} is in MIG mode without an instance, so it cannot be used. "
+                "Create one (`nvidia-smi mig -cgi`) or switch MIG off.")
+    used = "it is left out beside whole GPUs" if beside_whole else "a process uses one, the first"
+    return (f"GPU {index} is divided by MIG into {len(profiles)} ({', '.join(profiles)}); {used} unless "
+            "CUDA_VISIBLE_DEVICES names another by its UUID (`nvidia-smi -L`).")
+
+
+def _first_instance(gpu: Gpu, profiles: list[str], sizes: dict[tuple[int, int], tuple[int, int]]) -> Gpu:
+    match = re.search(r"\.(\d+)gb", profiles[0])
+    guess = int(match[1]) * 1024 * MIB * 9 // 10 if match else 0
+    used_bytes, total_bytes = sizes.get((gpu.index, 0), (0, guess))
+    return dataclasses.replace(gpu, name=f"{gpu.name} MIG {profiles[0]}", total_bytes=total_bytes,
+                               free_bytes=total_bytes - used_bytes)
 
 
 def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.errors import UsageError
-from training.hardware import nvidia, speed, support
+from training.hardware import nvidia, opstates, speed, support
 from training.records import GIB, Figure, Gpu, HardwareProfile, Support
 
 # Suffix of a preset's key -> (factor, unit); the rest of the key is the figure's name.
@@ -17,9 +17,10 @@ NO_FIGURES = ("total_gib", "free_gib")
 
 
 def from_preset(data: Mapping[str, Any]) -> HardwareProfile:
-    """A profile from a preset mapping, touching no machine; the method of every figure is its `source` text.
+    """A profile from a preset mapping, touching no machine; the method of every figure is the text in
+    `sources` whose key begins its name with most letters (`gpu`, `gpu.h2d`, `disk`, ...), else `source`.
 
-    Keys: name, source, date, ram_gib, disk_free_gib, disk_write_gb_s, cpu {name, cores, flags,
+    Keys: name, source, sources, date, ram_gib, disk_free_gib, disk_write_gb_s, cpu {name, cores, flags,
     matmul_fp32_gflops, ...}, gpu {name, architecture, capability, total_gib, count, matmul_bf16_tflops,
     memory_gb_s, h2d_pinned_gb_s, ...}. A figure's key is its name and a suffix of SCALES.
     Raises UsageError naming what is missing or wrong.
@@ -27,11 +28,11 @@ def from_preset(data: Mapping[str, Any]) -> HardwareProfile:
     where = str(data.get("name", "preset"))
     cpu, gpu = _section(data, "cpu", where), _section(data, "gpu", where)
     gpus = _gpus(gpu, where)
-    source = str(data.get("source", "preset"))
+    sources = {"": str(data.get("source", "preset")), **_section(data, "sources", where)}
     disk = {key[len("disk_"):]: value for key, value in data.items() if key.startswith("disk_")}
-    figures = preset_figures("cpu", cpu, source) | preset_figures("disk", disk, source)
+    figures = preset_figures("cpu", cpu, sources) | preset_figures("disk", disk, sources)
     for one in gpus:
-        figures |= preset_figures(f"gpu{one.index}", gpu, source)
+        figures |= preset_figures(f"gpu{one.index}", gpu, sources)
     ram_bytes = int(_number(data, "ram_gib", where) * GIB)
     flags = tuple(str(flag) for flag in cpu.get("flags") or ())
     weakest = min((nvidia.capability_of(one) for one in gpus), default=None)
@@ -55,21 +56,30 @@ def _gpus(gpu: Mapping[str, Any], where: str) -> tuple[Gpu, ...]:
                      total_bytes=total_bytes, free_bytes=free_bytes) for index in range(count))
 
 
-def preset_figures(prefix: str, values: Mapping[str, Any], source: str) -> dict[str, Figure]:
+def preset_figures(prefix: str, values: Mapping[str, Any], sources: Mapping[str, Any]) -> dict[str, Figure]:
     """The figures in one section of a preset.
 
-    >>> preset_figures("gpu0", {"matmul_bf16_tflops": 36, "name": "x"}, "spec")["gpu0.matmul_bf16"].value
-    36000000000000.0
+    >>> preset_figures("gpu0", {"matmul_bf16_tflops": 36, "name": "x"}, {"": "spec"})["gpu0.matmul_bf16"]
+    Figure(value=36000000000000.0, unit='FLOP/s', method='spec', repeats=1, spread=None)
     """
-    found = {}
+    found, section = {}, prefix.rstrip("0123456789")
     for key, value in values.items():
         suffix = next((end for end in SCALES if key.endswith(end)), "")
         if suffix and key not in NO_FIGURES and isinstance(value, int | float):
             name = key[:-len(suffix)]
             factor, unit = SCALES[suffix]
-            found[f"{prefix}.{RENAMED.get(name, name)}"] = Figure(value=float(value) * factor, unit=unit,
-                                                                  method=source)
+            found[f"{prefix}.{RENAMED.get(name, name)}"] = Figure(
+                value=float(value) * factor, unit=unit, method=source_of(f"{section}.{key}", sources))
     return found
+
+
+def source_of(key: str, sources: Mapping[str, Any]) -> str:
+    """The source of one figure: that of the longest key which its own begins with.
+
+    >>> source_of("gpu.h2d_pinned_gb_s", {"": "all", "gpu": "sheet", "gpu.h2d": "assumed", "cpu": "x"})
+    'assumed'
+    """
+    return str(sources[max((start for start in sources if key.startswith(start)), key=len)])
 
 
 def preset_supports(capability: tuple[int, int] | None, flags: tuple[str, ...],
@@ -77,7 +87,8 @@ def preset_supports(capability: tuple[int, int] | None, flags: tuple[str, ...],
     """What works on a machine as described with everything installed: the capability decides."""
     return support.evaluate(support.Facts(
         system="Linux", cpu_flags=flags, capability=capability, torch_cuda="(assumed)",
-        packages=dict.fromkeys(support.PACKAGES, "(assumed)"), built_ops=("cpu_adam",), figures=figures,
+        packages=dict.fromkeys(support.PACKAGES, "(assumed)"), built_ops=opstates.NAMES, figures=figures,
+        cudnn="(assumed)",
         tools={name: name for name in support.TOOLS}))
 
 

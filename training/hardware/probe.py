@@ -4,7 +4,7 @@ It is a process of its own because a CUDA context would cost its parent about 0.
 
     python -m training.hardware.probe --threads 2 [--spills]
 
-Standard output carries {"torch", "gpus", "figures", "trials"} and nothing else; standard error carries
+Standard output carries {"gpus", "figures", "trials", "versions"} and nothing else; standard error carries
 progress lines (`MARK done total name`) and whatever libraries say.
 """
 
@@ -16,11 +16,12 @@ import os
 import sys
 from typing import Any
 
+import psutil
 import torch
 
 from training.hardware import nvidia, rates, stress, trials
-from training.hardware.speed import BYTES_PER_S, FLOPS, not_measured
-from training.hardware.support import installed_packages
+from training.hardware.speed import BYTES_PER_S, FLOPS, WEIGHTS_PER_S, not_measured
+from training.hardware.support import found_tools, installed_packages, missing_compiler
 from training.records import Figure, Gpu, to_data
 
 MARK = "\x1eprogress"
@@ -47,11 +48,12 @@ def twin(gpu: Gpu, gpus: list[Gpu]) -> Gpu | None:
 
 def measures(gpus: list[Gpu]) -> dict[str, rates.Measure]:
     """Every rate to measure, in order: the CPU's, then each distinct GPU's."""
-    found = rates.cpu_measures(torch)
+    quantized = "bitsandbytes" in installed_packages(("bitsandbytes",))
+    found = rates.cpu_measures(torch, quantized)
     for gpu in gpus:
         if twin(gpu, gpus) is None:
             major, minor = gpu.capability.split(".")
-            found |= rates.gpu_measures(torch, gpu.index, (int(major), int(minor)))
+            found |= rates.gpu_measures(torch, gpu.index, (int(major), int(minor)), quantized)
     return found
 
 
@@ -71,7 +73,9 @@ def borrowed(figures: dict[str, Figure], gpus: list[Gpu]) -> dict[str, Figure]:
 
 def unit_of(name: str) -> str:
     """The unit of a figure, by its name."""
-    return FLOPS if any(part in name for part in ("matmul", "attention", "train")) else BYTES_PER_S
+    if "unpack" in name:
+        return WEIGHTS_PER_S
+    return FLOPS if any(part in name for part in ("matmul", "attention", "train", "linear")) else BYTES_PER_S
 
 
 def allocatable(gpus: list[Gpu], spills: bool) -> dict[str, Figure]:
@@ -86,6 +90,29 @@ def allocatable(gpus: list[Gpu], spills: bool) -> dict[str, Figure]:
     return found
 
 
+def pinned() -> dict[str, Figure]:
+    """How much host memory CUDA may pin, tried."""
+    memory = psutil.virtual_memory()
+    return {"host.pinned_limit": stress.pinned_limit(torch, memory.total, memory.available)}
+
+
+def versions() -> dict[str, str]:
+    """What torch itself reports of the libraries it carries."""
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {"cudnn": dotted_cudnn(cudnn)} if cudnn else {}
+
+
+def dotted_cudnn(number: int) -> str:
+    """cuDNN's version from its number, whose form changed with version 9.
+
+    >>> dotted_cudnn(8902), dotted_cudnn(91002)
+    ('8.9.2', '9.10.2')
+    """
+    major = number // 10000 if number >= 90000 else number // 1000
+    rest = number % (10000 if number >= 90000 else 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
 def examine(spills: bool) -> dict[str, Any]:
     """Measure everything; the result is what standard output carries."""
     gpus = devices()
@@ -97,10 +124,11 @@ def examine(spills: bool) -> dict[str, Any]:
         if gpus:
             torch.cuda.empty_cache()
     _tell(len(work), len(work) + 2, "device memory" if gpus else "optimizations")
-    figures |= borrowed(figures, gpus) | allocatable(gpus, spills)
+    figures |= borrowed(figures, gpus) | allocatable(gpus, spills) | (pinned() if gpus else {})
     _tell(len(work) + 1, len(work) + 2, "optimizations")
-    answers = trials.run_all(torch, "cuda" if gpus else "cpu", installed_packages())
-    return {"torch": torch.__version__, "gpus": to_data(gpus), "figures": to_data(figures), "trials": answers}
+    answers = trials.run_all(torch, "cuda" if gpus else "cpu", installed_packages(),
+                             compiler=not missing_compiler(found_tools()))
+    return {"gpus": to_data(gpus), "figures": to_data(figures), "trials": answers, "versions": versions()}
 
 
 def _tell(done: int, total: int, name: str) -> None:

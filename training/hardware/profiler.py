@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from training.errors import EliteError
-from training.hardware import host, nvidia, speed, support
+from training.hardware import cache, host, limits, nvidia, speed, support
 from training.hardware.presets import from_preset as from_preset
 from training.records import Figure, Gpu, HardwareProfile, from_data
 
@@ -35,27 +35,57 @@ class HardwareProfiler:
     def __init__(self, output: str | Path | None = None):
         self.output = Path(output) if output is not None else None
 
-    def profile(self, quick: bool = False, progress: Progress | None = None) -> HardwareProfile:
-        """What the machine can do. Quick: without torch, under two seconds. Full: about ten seconds on a CPU.
+    def profile(self, quick: bool = False, progress: Progress | None = None,
+                fresh: bool = False) -> HardwareProfile:
+        """What the machine can do. Quick: without torch, under two seconds. Full: about 15 seconds on a CPU.
 
-        Raises EliteError when the full profile's subprocess fails. A single figure that cannot be measured
-        stands there without a value and with the reason.
+        A full profile of the same machine in the run directory, at most a week old, is reused unless `fresh`:
+        its rates are kept (`rates_date`), what is free is read anew. Raises EliteError when the full
+        profile's subprocess fails. A single figure that cannot be measured stands there without a value and
+        with the reason.
         """
         tell = progress or silent
         tell("profile", 0, 0, "host and driver")
         machine = host.fetch(self.output)
         driver = nvidia.fetch()
-        figures = speed.disk(Path(machine.disk_path), limit_s=0.3 if quick else 1.5)
+        gpus = openable(driver)
+        if not quick and not fresh and (kept := self._kept(machine, driver, gpus)):
+            tell("profile", 1, 1, "")
+            return kept
+        figures = speed.disk(Path(machine.disk_path), **disk_test(quick, machine.disk_free_bytes))
         if quick:
             figures["cpu.matmul_fp32"] = speed.matmul_numpy()
-            gpus = nvidia.visible(driver.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-            gpus = gpus if _torch_may_open_gpus() else ()
             return assemble(machine, driver, gpus, figures, {})
         answer = run_probe(machine, tell)
         tell("profile", 1, 1, "")
-        gpus = tuple(from_data(Gpu, gpu) for gpu in answer["gpus"])
         figures |= {name: from_data(Figure, figure) for name, figure in answer["figures"].items()}
-        return assemble(machine, driver, gpus, figures, answer["trials"])
+        return assemble(machine, driver, tuple(from_data(Gpu, gpu) for gpu in answer["gpus"]), figures,
+                        answer["trials"], answer.get("versions", {}))
+
+    def _kept(self, machine: host.Host, driver: nvidia.Driver,
+              gpus: tuple[Gpu, ...]) -> HardwareProfile | None:
+        old = cache.read(self.output)
+        now_ = datetime.datetime.now(datetime.timezone.utc)
+        if old is None or not cache.is_recent(cache.measured_at(old), now_):
+            return None
+        new = assemble(machine, driver, gpus, {}, {})
+        return cache.reused(old, new) if cache.same_machine(old, new) else None
+
+
+def disk_test(quick: bool, free_bytes: int) -> dict[str, Any]:
+    """How long and with how many bytes the disk is measured; little of a disk with little left.
+
+    >>> disk_test(False, 1 << 40), disk_test(False, 1 << 28)
+    ({'limit_s': 1.5, 'size_bytes': 134217728}, {'limit_s': 1.5, 'size_bytes': 33554432})
+    """
+    small = quick or free_bytes < 2 << 30
+    return {"limit_s": 0.3 if quick else 1.5, "size_bytes": (32 if small else 128) * speed.MIB}
+
+
+def openable(driver: nvidia.Driver) -> tuple[Gpu, ...]:
+    """Of the driver's GPUs those that CUDA_VISIBLE_DEVICES leaves, none where torch is a CPU build."""
+    gpus = nvidia.visible(driver.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return gpus if _torch_may_open_gpus() else ()
 
 
 def _torch_may_open_gpus() -> bool:
@@ -64,18 +94,26 @@ def _torch_may_open_gpus() -> bool:
 
 
 def assemble(machine: host.Host, driver: nvidia.Driver, gpus: tuple[Gpu, ...], figures: dict[str, Figure],
-             trials: dict[str, str]) -> HardwareProfile:
-    """The record from its parts. `gpus`: those that torch can use; the driver's others are told as idle."""
+             trials: dict[str, str], versions: dict[str, str] | None = None) -> HardwareProfile:
+    """The record from its parts. `gpus`: those that torch can use; the driver's others are told as idle.
+
+    `versions`: what the probe reports. The host's limits are read here; a probe's figure goes before them.
+    """
+    figures = limits.figures(machine.ram_total_bytes, len(gpus)) | figures
     weakest = min((nvidia.capability_of(gpu) for gpu in gpus), default=None)
     facts = support.collect(
         cpu_flags=machine.cpu_flags, capability=weakest, trials=trials, figures=figures,
-        idle_gpus=() if gpus else tuple(gpu.name for gpu in driver.gpus), gpu_advice=gpu_advice(driver))
+        idle_gpus=() if gpus else tuple(gpu.name for gpu in driver.gpus), gpu_advice=gpu_advice(driver),
+        cudnn=(versions or {}).get("cudnn", ""))
     return HardwareProfile(
         name=profile_name(machine, gpus), source="measured", date=now(), system=machine.system,
         cpu_name=machine.cpu_name, cpu_cores=machine.cpu_cores, cpu_flags=machine.cpu_flags,
         ram_total_bytes=machine.ram_total_bytes, ram_available_bytes=machine.ram_available_bytes, gpus=gpus,
         disk_path=machine.disk_path, disk_free_bytes=machine.disk_free_bytes, figures=figures,
-        supports=support.evaluate(facts))
+        supports=support.evaluate(facts),
+        versions={name: version for name, version in {
+            **facts.packages, "torch_cuda": facts.torch_cuda, "driver": driver.version, "cudnn": facts.cudnn,
+        }.items() if version})
 
 
 def gpu_advice(driver: nvidia.Driver) -> str:

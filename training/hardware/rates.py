@@ -10,19 +10,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from training.hardware.speed import BYTES_PER_S, FLOPS, MIB, not_measured, rate, seconds_of
+from training.hardware import trials
+from training.hardware.speed import BYTES_PER_S, FLOPS, MIB, WEIGHTS_PER_S, not_measured, rate, seconds_of
 from training.records import Figure
 
 Measure = Callable[[], Figure]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SEQUENCE, HIDDEN, MLP, VOCAB, HEADS, LAYERS = 512, 256, 704, 4096, 4, 4
-ATTENTION_LENGTHS = (1024, 8192)
+# Short and long. A CPU's long one is shorter: its backward pass at 8,192 would take 5 s on two cores.
+ATTENTION_LENGTHS = {"cpu": (1024, 4096), "cuda": (1024, 8192)}
+HEAD_DIM = 64
+NF4_SIZE, NF4_TOKENS = {"cpu": 2048, "cuda": 4096}, {"cpu": 1024, "cuda": 8192}
 
 
 def matmul(torch: Any, device: str, dtype: str, limit_s: float) -> Figure:
     """Rate of an (n, n) x (n, n) product, 2 n^3 FLOP, at the largest n that the time limit allows.
 
-    n starts at 256 and doubles while the next size fits five times; bf16 on a CPU without bf16
-    instructions was seen at a hundredth of fp32's rate.
+    n starts at 256 and doubles while the next size fits five times; bf16 and fp16 on a CPU without their
+    instructions were seen at a hundredth of fp32's rate.
     """
     n, largest = 256, 2048
     if device != "cpu":
@@ -136,12 +141,15 @@ def attention_flop(length: int, heads: int, head_dim: int, backward: bool) -> fl
     return 2.5 * forward if backward else forward
 
 
-def attention(torch: Any, device: str, dtype: str, length: int, backward: bool) -> Figure:
-    """Rate of causal SDPA at (1, 16, S, 64) through its fused kernels; the backward pass is timed alone."""
-    heads, head_dim = 16, 64
-    shape = (1, heads, length, head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=getattr(torch, dtype), requires_grad=backward)
-               for _ in range(3))
+def attention(torch: Any, device: str, dtype: str, length: int, backward: bool,
+              limit_s: float = 1.0) -> Figure:
+    """Rate of causal SDPA at (1, N, S, 64) through its fused kernels; the backward pass is timed alone.
+
+    N is 16 on a GPU; on a CPU, whose backward kernel spreads over heads alone, a multiple of the threads.
+    """
+    heads = 16 if device != "cpu" else cpu_heads(torch.get_num_threads())
+    q, k, v = (torch.randn((1, heads, length, HEAD_DIM), device=device, dtype=getattr(torch, dtype),
+                           requires_grad=backward) for _ in range(3))
 
     def forward() -> Any:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -151,11 +159,52 @@ def attention(torch: Any, device: str, dtype: str, length: int, backward: bool) 
             out = forward()
             seed = torch.ones_like(out)
             times = _times(torch, device, lambda: torch.autograd.grad(
-                out, (q, k, v), seed, retain_graph=True), 1.0)
+                out, (q, k, v), seed, retain_graph=True), limit_s)
         else:
-            times = _times(torch, device, forward, 1.0)
-    method = f"causal SDPA, fused kernels, {dtype}, {heads} heads of {head_dim}, {length:,} tokens"
-    return rate(attention_flop(length, heads, head_dim, backward), times, FLOPS, method)
+            times = _times(torch, device, forward, limit_s)
+    method = f"causal SDPA, fused kernels, {dtype}, {heads} heads of {HEAD_DIM}, {length:,} tokens"
+    return rate(attention_flop(length, heads, HEAD_DIM, backward), times, FLOPS, method)
+
+
+def cpu_heads(threads: int) -> int:
+    """The least multiple of the threads that is 4 or more.
+
+    >>> [cpu_heads(threads) for threads in (1, 2, 3, 8, 16)]
+    [4, 4, 6, 8, 16]
+    """
+    return threads * -(-4 // threads)
+
+
+def nf4_linear(torch: Any, device: str, dtype: str, limit_s: float) -> Figure:
+    """Rate of one NF4 layer's forward and gradient by its input, as 4 x inputs x outputs x tokens FLOP.
+
+    Unpacking is part of it, once a pass: with fewer tokens the rate is lower (`nf4_unpack` tells how much).
+    """
+    layer, tokens = _nf4_layer(torch, device, dtype), NF4_TOKENS[device.partition(":")[0]]
+    size = layer.in_features
+    x = torch.randn(tokens, size, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+    seed = torch.ones_like(x)
+    times = _times(torch, device, lambda: torch.autograd.grad(layer(x), x, seed), limit_s)
+    method = f"NF4 linear {size:,} x {size:,}, forward + gradient by input, {dtype}, {tokens:,} tokens"
+    return rate(4.0 * size * size * tokens, times, FLOPS, method)
+
+
+def nf4_unpack(torch: Any, device: str, dtype: str, limit_s: float) -> Figure:
+    """NF4 weights (double quantization) unpacked per second."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = _nf4_layer(torch, device, dtype).weight
+    times = _times(torch, device, lambda: dequantize_4bit(weight.data, weight.quant_state), limit_s)
+    count = weight.quant_state.shape.numel()
+    return rate(float(count), times, WEIGHTS_PER_S, f"{count:,} NF4 weights unpacked to {dtype}")
+
+
+def _nf4_layer(torch: Any, device: str, dtype: str) -> Any:
+    size = NF4_SIZE[device.partition(":")[0]]
+    kind = getattr(torch, dtype)
+    layer = trials.bitsandbytes(torch).nn.Linear4bit(size, size, bias=False, compute_dtype=kind,
+                                                     quant_type="nf4", compress_statistics=True)
+    return layer.to(dtype=kind).to(device)
 
 
 def _fused(torch: Any) -> list[Any]:
@@ -164,35 +213,45 @@ def _fused(torch: Any) -> list[Any]:
     return [kinds.FLASH_ATTENTION, kinds.EFFICIENT_ATTENTION, kinds.CUDNN_ATTENTION]
 
 
-def cpu_measures(torch: Any) -> dict[str, Measure]:
-    """Every CPU figure by name, each a function that measures it."""
-    return {
-        "cpu.matmul_fp32": partial(matmul, torch, "cpu", "float32", 0.6),
-        "cpu.matmul_bf16": partial(matmul, torch, "cpu", "bfloat16", 0.5),
-        "cpu.train_fp32": partial(train_step, torch, 1.5),
-        "cpu.memory_bandwidth": partial(copy, torch, "cpu", 128 * MIB, 0.5),
-    }
+def cpu_measures(torch: Any, quantized: bool) -> dict[str, Measure]:
+    """Every CPU rate by name, each a function that measures it. `quantized`: bitsandbytes is installed."""
+    measures: dict[str, Measure] = {
+        f"cpu.matmul_{tag}": partial(matmul, torch, "cpu", dtype, 0.5) for tag, dtype in DTYPES.items()}
+    measures["cpu.train_fp32"] = partial(train_step, torch, 1.5)
+    measures |= attention_measures(torch, "cpu", "cpu", "float32")
+    measures["cpu.memory_bandwidth"] = partial(copy, torch, "cpu", 128 * MIB, 0.5)
+    return measures | (nf4_measures(torch, "cpu", "cpu", "float32") if quantized else {})
 
 
-def gpu_measures(torch: Any, index: int, capability: tuple[int, int]) -> dict[str, Measure]:
+def attention_measures(torch: Any, name: str, device: str, dtype: str) -> dict[str, Measure]:
+    """Forward and backward at the short length (named by it) and at the long one (no suffix)."""
+    short, long = ATTENTION_LENGTHS[device.partition(":")[0]]
+    return {f"{name}.attention_{part}{tag}": partial(attention, torch, device, dtype, length,
+                                                     part == "backward")
+            for tag, length in ((f"_{short}", short), ("", long)) for part in ("forward", "backward")}
+
+
+def nf4_measures(torch: Any, name: str, device: str, dtype: str) -> dict[str, Measure]:
+    """The rates of NF4 layers."""
+    return {f"{name}.nf4_linear": partial(nf4_linear, torch, device, dtype, 0.8),
+            f"{name}.nf4_unpack": partial(nf4_unpack, torch, device, dtype, 0.3)}
+
+
+def gpu_measures(torch: Any, index: int, capability: tuple[int, int],
+                 quantized: bool) -> dict[str, Measure]:
     """Every rate of one CUDA device by name. Sizes shrink to a sixteenth of the free memory."""
     device, name = f"cuda:{index}", f"gpu{index}"
     half = "bfloat16" if capability >= (8, 0) else "float16"
     free_bytes, _ = torch.cuda.mem_get_info(index)
     size_bytes = min(256 * MIB, free_bytes // 16 // MIB * MIB)
-    short, long = ATTENTION_LENGTHS
     measures: dict[str, Measure] = {
-        f"{name}.matmul_{tag}": partial(matmul, torch, device, dtype, 2.0)
-        for tag, dtype in (("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16"))}
-    for tag, length in ((f"_{short}", short), ("", long)):
-        for part in ("forward", "backward"):
-            measures[f"{name}.attention_{part}{tag}"] = partial(
-                attention, torch, device, half, length, part == "backward")
+        f"{name}.matmul_{tag}": partial(matmul, torch, device, dtype, 2.0) for tag, dtype in DTYPES.items()}
+    measures |= attention_measures(torch, name, device, half)
     measures[f"{name}.memory_bandwidth"] = partial(copy, torch, device, size_bytes, 1.0)
     for kind, pinned in (("pinned", True), ("pageable", False)):
         measures[f"{name}.h2d_{kind}"] = partial(transfer, torch, device, size_bytes, pinned, True)
         measures[f"{name}.d2h_{kind}"] = partial(transfer, torch, device, size_bytes, pinned, False)
-    return measures
+    return measures | (nf4_measures(torch, name, device, half) if quantized else {})
 
 
 def guarded(measure: Measure, unit: str) -> Figure:

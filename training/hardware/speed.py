@@ -14,11 +14,13 @@ from training.records import Figure
 
 FLOPS = "FLOP/s"
 BYTES_PER_S = "bytes/s"
+WEIGHTS_PER_S = "weights/s"
 MIB = 1 << 20
 
 
 def seconds_of(work: Callable[[], object], limit_s: float, repeats: int = 7) -> list[float]:
-    """Seconds of each call of `work` after one warm-up call, as many as fit in `limit_s`, at most `repeats`.
+    """Seconds of each call of `work` after one warm-up call, as many as fit in `limit_s`, at most `repeats`,
+    at least two: a first call also starts threads and fills caches.
 
     A warm-up that alone uses up the limit is the measurement: slow work is not run twice.
     """
@@ -26,8 +28,10 @@ def seconds_of(work: Callable[[], object], limit_s: float, repeats: int = 7) -> 
     start_s = time.perf_counter()
     work()
     warm_s = time.perf_counter() - start_s
+    least = 2 if warm_s < limit_s else 0
     times: list[float] = []
-    while len(times) < repeats and time.perf_counter() + min([warm_s, *times]) < end_s:
+    while len(times) < repeats and (len(times) < least
+                                    or time.perf_counter() + min([warm_s, *times]) < end_s):
         start_s = time.perf_counter()
         work()
         times.append(time.perf_counter() - start_s)
@@ -35,14 +39,14 @@ def seconds_of(work: Callable[[], object], limit_s: float, repeats: int = 7) -> 
 
 
 def rate(amount: float, times: list[float], unit: str, method: str) -> Figure:
-    """`amount` per second as a figure: the median over the repeats, with its spread.
+    """`amount` per second as a figure: the median over the repeats, with its spread (None for one).
 
     >>> rate(100.0, [1.0, 2.0, 4.0], "bytes/s", "example")
     Figure(value=50.0, unit='bytes/s', method='example', repeats=3, spread=1.5)
     """
     median_s = max(statistics.median(times), 1e-9)
-    return Figure(value=amount / median_s, unit=unit, method=method, repeats=len(times),
-                  spread=round((max(times) - min(times)) / median_s, 4))
+    spread = round((max(times) - min(times)) / median_s, 4) if len(times) > 1 else None
+    return Figure(value=amount / median_s, unit=unit, method=method, repeats=len(times), spread=spread)
 
 
 def not_measured(unit: str, reason: str) -> Figure:

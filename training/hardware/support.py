@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training.hardware import opstates
 from training.records import Figure, Support
 
 PACKAGES = ("torch", "deepspeed", "bitsandbytes", "flash-attn", "liger-kernel", "triton", "ninja")
+CUDNN_PACKAGES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+REQUIREMENTS = f"{sys.executable} -m pip install -r requirements.txt"
 CC, CXX = ("gcc", "cc", "clang"), ("g++", "c++", "clang++")
 TOOLS = (*CC, *CXX, "ninja", "deepspeed", "nvcc", "git")
 NVME_BYTES_PER_S = 1e9
@@ -29,6 +32,8 @@ class Facts:
 
     `capability`: the weakest GPU's, None without one that torch can use. `trials`: support name -> "" when
     it was tried and worked, else the reason; a name that is absent was not tried. `tools`: name -> path.
+    `built_ops`: compiled and cached; `installed_ops`: compiled with deepspeed's installation. `libaio`: its
+    header was found. `cudnn`: its version, "" when unknown.
     """
 
     system: str
@@ -38,6 +43,9 @@ class Facts:
     packages: dict[str, str] = field(default_factory=dict)
     tools: dict[str, str] = field(default_factory=dict)
     built_ops: tuple[str, ...] = ()
+    installed_ops: tuple[str, ...] = ()
+    libaio: bool = False
+    cudnn: str = ""
     trials: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
     idle_gpus: tuple[str, ...] = ()
@@ -67,16 +75,31 @@ def _bf16(facts: Facts) -> Support:
             return Support(works=True, why=f"compute capability {_dotted(facts.capability)} has bf16 units")
         return Support(works=False, why=f"compute capability {_dotted(facts.capability)} has no bf16 units "
                                         "(8.0 and newer have)", what_to_do="Use float16.")
-    fp32, bf16 = (_value(facts, f"cpu.matmul_{kind}") for kind in ("fp32", "bf16"))
-    if fp32 and bf16:
-        if bf16 >= fp32:
-            return Support(works=True, why=f"bf16 matmul is {bf16 / fp32:.1f} times as fast as fp32 here")
-        return Support(works=False, why=f"works but {fp32 / bf16:.0f} times slower than fp32 here",
+    return _half_on_cpu(facts, "bf16", ("avx512_bf16", "amx_bf16"), "bf16")
+
+
+def _fp16(facts: Facts) -> Support:
+    if facts.capability:
+        if facts.capability >= (7, 0):
+            return Support(works=True, why=f"compute capability {_dotted(facts.capability)} has fp16 tensor "
+                                           "cores")
+        return Support(works=False, why=f"compute capability {_dotted(facts.capability)} has no fp16 tensor "
+                                        "cores (7.0 and newer have)", what_to_do="Use float32.")
+    return _half_on_cpu(facts, "fp16", ("avx512_fp16", "amx_fp16"), "asimdhp")
+
+
+def _half_on_cpu(facts: Facts, kind: str, flags: tuple[str, ...], arm_flag: str) -> Support:
+    """A 16-bit type on a CPU is judged by its measured matmul, else by the CPU's instructions."""
+    fp32, half = (_value(facts, f"cpu.matmul_{name}") for name in ("fp32", kind))
+    if fp32 and half:
+        if half >= fp32:
+            return Support(works=True, why=f"{kind} matmul is {half / fp32:.1f} times as fast as fp32 here")
+        return Support(works=False, why=f"works but {fp32 / half:.0f} times slower than fp32 here",
                        what_to_do="Use float32 on this CPU.")
-    native = sorted({"avx512_bf16", "amx_bf16", "bf16"} & set(facts.cpu_flags))
+    native = sorted({*flags, arm_flag} & set(facts.cpu_flags))
     if native:
         return Support(works=True, why=f"the CPU has {', '.join(native)}; its speed was not measured")
-    return Support(works=False, why="the CPU has no bf16 instructions (avx512_bf16, amx_bf16)",
+    return Support(works=False, why=f"the CPU has no {kind} instructions ({', '.join(flags)})",
                    what_to_do="Use float32 on this CPU.")
 
 
@@ -93,22 +116,35 @@ def _flash_attention_2(facts: Facts) -> Support:
                   f"{INSTALLER} flash-attn")
 
 
-def _sdpa_flash(facts: Facts) -> Support:
-    if "torch" not in facts.packages:
-        return Support(works=False, why="torch is not installed",
-                       what_to_do=f"{sys.executable} -m pip install -r requirements.txt")
-    if facts.capability and facts.capability < (8, 0):
-        return Support(works=False, why=f"torch's flash kernel needs compute capability 8.0; this GPU has "
-                                        f"{_dotted(facts.capability)}",
-                       what_to_do="Nothing: SDPA takes its memory-efficient kernel.")
-    return _tried(facts, "sdpa_flash", "torch's own flash kernel", "Use model.attention=eager.")
+def _sdpa(name: str, what: str, least: tuple[int, int] | None, instead: str) -> Callable[[Facts], Support]:
+    """A rule for one of torch's attention kernels. `least`: the capability it needs, None where it also runs
+    on CPUs; a GPU below it, and a CPU where it has no kernel, are told what serves `instead`."""
+    def rule(facts: Facts) -> Support:
+        if "torch" not in facts.packages:
+            return Support(works=False, why="torch is not installed", what_to_do=REQUIREMENTS)
+        if facts.capability is None and name not in ("sdpa_flash", "sdpa_math"):
+            return Support(works=False, why=f"{what} runs on GPUs only", what_to_do=f"Nothing: {instead}.")
+        if facts.capability and least and facts.capability < least:
+            return Support(works=False, why=f"{what} needs compute capability {_dotted(least)}; this GPU has "
+                                            f"{_dotted(facts.capability)}", what_to_do=f"Nothing: {instead}.")
+        return _tried(facts, name, what, f"Nothing: {instead}.")
+    return rule
+
+
+def _cudnn(facts: Facts) -> Support:
+    if facts.capability is None:
+        return Support(works=False, why="it serves GPUs only", what_to_do="Nothing.")
+    if not facts.cudnn:
+        return Support(works=False, why="torch has no cuDNN here",
+                       what_to_do="Install a CUDA build of torch.")
+    return _tried(facts, "cudnn", f"cuDNN {facts.cudnn}", "Reinstall torch, whose wheel brings cuDNN.")
 
 
 def _deepspeed(facts: Facts) -> Support:
     version = facts.packages.get("deepspeed")
     if not version:
         return Support(works=False, why="deepspeed is not installed",
-                       what_to_do=f"{sys.executable} -m pip install -r requirements.txt")
+                       what_to_do=REQUIREMENTS)
     if "deepspeed" not in facts.tools:
         return Support(works=False, why=f"deepspeed {version} is installed without its launcher",
                        what_to_do=f"{sys.executable} -m pip install --force-reinstall --no-deps "
@@ -116,17 +152,12 @@ def _deepspeed(facts: Facts) -> Support:
     return Support(works=True, why=f"deepspeed {version}, launcher {facts.tools['deepspeed']}")
 
 
-def _deepspeed_cpu_adam(facts: Facts) -> Support:
-    if not (base := _deepspeed(facts)).works:
-        return base
-    if "cpu_adam" in facts.built_ops:
-        return Support(works=True, why="compiled and cached")
-    compiler = _compiler(facts)
-    if not compiler.works:
-        return Support(works=False, why=f"it must be compiled, and {compiler.why}",
-                       what_to_do=compiler.what_to_do)
-    return Support(works=True, why="will be compiled on first use, about 80 s on two cores",
-                   what_to_do=f"{INSTALLER} deepspeed-ops")
+def _deepspeed_op(op: str) -> Callable[[Facts], Support]:
+    def rule(facts: Facts) -> Support:
+        if not (base := _deepspeed(facts)).works:
+            return base
+        return opstates.state(op, facts, _compiler(facts), f"{INSTALLER} deepspeed-ops")
+    return rule
 
 
 def _bitsandbytes(name: str) -> Callable[[Facts], Support]:
@@ -134,7 +165,7 @@ def _bitsandbytes(name: str) -> Callable[[Facts], Support]:
         version = facts.packages.get("bitsandbytes")
         if not version:
             return Support(works=False, why="bitsandbytes is not installed",
-                           what_to_do=f"{sys.executable} -m pip install -r requirements.txt")
+                           what_to_do=REQUIREMENTS)
         return _tried(facts, name, f"bitsandbytes {version}",
                       f"{sys.executable} -m pip install --force-reinstall --no-deps bitsandbytes=={version}")
     return rule
@@ -147,8 +178,8 @@ def _triton(facts: Facts) -> Support:
         return Support(works=False, why="triton is not installed", what_to_do=f"{INSTALLER} triton")
     if facts.capability < (7, 5):
         return Support(works=False, why=f"triton {facts.packages['triton']} needs compute capability 7.5; "
-                                        f"this GPU has {_dotted(facts.capability)}")
-    return Support(works=True, why=f"triton {facts.packages['triton']} is installed")
+                                        f"this GPU has {_dotted(facts.capability)}", what_to_do="Nothing.")
+    return _tried(facts, "triton", f"triton {facts.packages['triton']}", f"{INSTALLER} triton")
 
 
 def _liger(facts: Facts) -> Support:
@@ -168,6 +199,8 @@ def _compile(facts: Facts) -> Support:
     if facts.capability and not _triton(facts).works:
         return Support(works=False, why=f"on a GPU torch.compile needs triton: {_triton(facts).why}",
                        what_to_do=f"{INSTALLER} triton")
+    if facts.trials.get("triton") == "":
+        return Support(works=True, why="torch.compile compiled a kernel here")
     return Support(works=True, why="what torch.compile needs is here; a compilation was not tried (it takes "
                                    "10 s and more)")
 
@@ -206,8 +239,15 @@ def missing_compiler(tools: Mapping[str, str]) -> str:
 
 
 RULES: dict[str, Callable[[Facts], Support]] = {
-    "cuda": _cuda, "bf16": _bf16, "flash_attention_2": _flash_attention_2, "sdpa_flash": _sdpa_flash,
-    "deepspeed": _deepspeed, "deepspeed_cpu_adam": _deepspeed_cpu_adam,
+    "cuda": _cuda, "bf16": _bf16, "fp16": _fp16, "flash_attention_2": _flash_attention_2,
+    "sdpa_flash": _sdpa("sdpa_flash", "torch's own flash kernel", (8, 0),
+                        "SDPA takes its memory-efficient kernel"),
+    "sdpa_efficient": _sdpa("sdpa_efficient", "torch's memory-efficient kernel", (5, 0),
+                            "SDPA takes another kernel"),
+    "sdpa_cudnn": _sdpa("sdpa_cudnn", "cuDNN's attention", (8, 0), "SDPA takes another kernel"),
+    "sdpa_math": _sdpa("sdpa_math", "torch's plain attention", None, "SDPA takes another kernel"),
+    "cudnn": _cudnn, "deepspeed": _deepspeed,
+    **{opstates.support_name(op): _deepspeed_op(op) for op in opstates.NAMES},
     "bitsandbytes_4bit": _bitsandbytes("bitsandbytes_4bit"),
     "bitsandbytes_8bit": _bitsandbytes("bitsandbytes_8bit"),
     "triton": _triton, "liger": _liger, "compile": _compile, "nvme": _nvme, "compiler": _compiler,
@@ -281,9 +321,11 @@ def built_ops(cache: Path) -> tuple[str, ...]:
 
 def collect(*, cpu_flags: tuple[str, ...] = (), capability: tuple[int, int] | None = None,
             trials: dict[str, str] | None = None, figures: dict[str, Figure] | None = None,
-            idle_gpus: tuple[str, ...] = (), gpu_advice: str = "") -> Facts:
+            idle_gpus: tuple[str, ...] = (), gpu_advice: str = "", cudnn: str = "") -> Facts:
     """The facts of this interpreter and machine, added to what was measured. Imports no torch."""
     cuda = torch_cuda_version()
     return Facts(system=platform.system(), cpu_flags=cpu_flags, capability=capability, torch_cuda=cuda,
                  packages=installed_packages(), tools=found_tools(), built_ops=built_ops(op_cache(cuda)),
+                 installed_ops=opstates.installed_ops(), libaio=opstates.libaio(),
+                 cudnn=cudnn or next(iter(installed_packages(CUDNN_PACKAGES).values()), ""),
                  trials=trials or {}, figures=figures or {}, idle_gpus=idle_gpus, gpu_advice=gpu_advice)

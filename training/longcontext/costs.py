@@ -263,16 +263,16 @@ def inner_bytes(geometry: Geometry, tokens: int) -> float:
 
 
 def logits_bytes(geometry: Geometry, policy: StreamPolicy, targets: int, batch: int = 1) -> float:
-    """Logits of `loss_tokens` positions, their copy in fp32, log-probabilities and gradients: 16 V bytes a
-    position in 16 bit, 12 V in fp32; two gradients of a trained head; and a chunk's input and gradient.
+    """Of `loss_tokens` positions, in fp32 or wider: log-probabilities, their gradient and the logits'
+    gradient; two gradients of a trained head; and a chunk's input and gradient.
 
     >>> coder = Geometry(layers=28, hidden=1536, heads=12, key_heads=2, head_dim=128, inner=8960,
     ...     vocabulary=151936, element_bytes=2)
     >>> round(logits_bytes(coder, StreamPolicy(loss_tokens=256, chunk_tokens=256), 4096) / 2**20)
-    596
+    447
     """
     positions = batch * min(policy.loss_tokens, policy.chunk_tokens, targets)
-    each = 16 if geometry.element_bytes == 2 else 3 * geometry.element_bytes
+    each = 3 * geometry.wide_bytes
     head = 2 * geometry.vocabulary * geometry.hidden * geometry.wide_bytes if geometry.trained else 0
     chunk = batch * min(policy.chunk_tokens, targets)
     return float(positions * geometry.vocabulary * each + head + 3 * chunk * geometry.state_bytes)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import EliteError
+from training.manager import forecast
 from training.manager.monitor import clock, number, read_rows
 from training.records import GIB
 from training.rundir import RunDirectory, read_data
@@ -34,6 +35,7 @@ class Facts:
     manifest: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    forecast: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
 
@@ -47,7 +49,7 @@ def gather(run_path: str | Path) -> Facts:
     return Facts(path=run.path, result=_mapping(run.result), plan=_mapping(run.plan),
                  hardware=_mapping(run.hardware), manifest=_mapping(run.dataset / "manifest.json"),
                  metrics=read_rows(run.metrics), evaluations=by_step(read_rows(run.evaluations)),
-                 command=command)
+                 forecast=_mapping(run.path / forecast.NAME), command=command)
 
 
 def by_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,6 +113,27 @@ def compared(facts: Facts) -> list[dict[str, str]]:
         predicted, measured = number(values, f"predicted_{suffix}"), number(values, f"measured_{suffix}")
         off = f"{100 * (measured / predicted - 1):+.0f} %" if predicted and measured is not None else ""
         rows.append({"name": name, "predicted": show(predicted), "measured": show(measured), "off": off})
+    return rows + _losses(facts)
+
+
+def final_loss(metrics: list[dict[str, Any]]) -> float | None:
+    """The mean training loss of the last tenth of the steps."""
+    losses = [loss for row in metrics if (loss := number(row, "loss")) is not None]
+    last = losses[-max(1, len(losses) // 10):]
+    return sum(last) / len(last) if last else None
+
+
+def _losses(facts: Facts) -> list[dict[str, str]]:
+    """The training loss at the end of a finished run: expected before it began and at half, and measured."""
+    measured = final_loss(facts.metrics) if facts.result.get("state") == "done" else None
+    rows = []
+    for name, found in (("loss, planned", part(part(facts.plan, "ranges"), "loss")),
+                        ("loss, at half", facts.forecast)):
+        expected, low, high = (number(found, key) for key in ("expected", "low", "high"))
+        if measured is None or not expected or low is None or high is None:
+            continue
+        rows.append({"name": name, "predicted": f"{expected:.2f} ({low:.2f}-{high:.2f})",
+                     "measured": f"{measured:.2f}", "off": f"{100 * (measured / expected - 1):+.0f} %"})
     return rows
 
 
@@ -180,11 +203,11 @@ def summary(run_path: str | Path) -> dict[str, Any]:
 
     Keys: state, verdict, compared [{name, predicted, measured, off}], quality [{name, before, after, change,
     verdict}], sample {path, prefix, before, after, expected} or None, model_dir, load (two lines of Python,
-    or none), report.
+    or none), report, curve (what the loss curve said at half, and the epochs it recommends; "" without one).
     """
     facts = gather(run_path)
     path, shown = model_path(facts), samples(facts)
     return {"state": str(facts.result.get("state") or "unfinished"), "verdict": verdict(facts),
             "compared": compared(facts), "quality": quality(facts), "sample": shown[0] if shown else None,
             "model_dir": str(path) if path else "", "load": loading_lines(path) if path else [],
-            "report": str(RunDirectory(facts.path).report)}
+            "report": str(RunDirectory(facts.path).report), "curve": str(facts.forecast.get("why") or "")}

@@ -14,6 +14,7 @@ from typing import Any
 
 from training.errors import CannotWrite, MissingInput
 from training.manager import watchdog
+from training.manager.allocators import allocator_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "training" / "model_trainer_unified.py"
@@ -22,19 +23,18 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK
                    "MASTER_ADDR", "MASTER_PORT")
 # Asks the trainer to stop as on SIGTERM when its parent process is another one than at its start.
 WATCH_PARENT = "ELITE_WATCH_PARENT"
-_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def command(config: Mapping[str, Any], run_path: Path, python: str, *, script: Path = SCRIPT,
-            port: int = 29500, devices: Sequence[str] = ()) -> list[str]:
-    """The command line that starts the trainer on one run directory.
+            arguments: Sequence[str] = (), port: int = 29500, devices: Sequence[str] = ()) -> list[str]:
+    """The command line that starts the trainer on one run directory, with `arguments` before it.
 
     Plain Python at `deepspeed.stage` 0, else DeepSpeed's launcher for one node. Its `launch` module is called
     itself, not through `deepspeed`/`runner`: that layer imports DeepSpeed a second time (ranks start after
     6.7 s instead of 3.2 s on 2 cores), exits 0 when its child dies of a signal, and reads a host file.
     `devices` are the values for CUDA_VISIBLE_DEVICES, one per rank (see `device_ids`).
     """
-    trainer = [str(script), "--run-dir", str(run_path)]
+    trainer = [str(script), *arguments, "--run-dir", str(run_path)]
     if config["deepspeed.stage"] == 0:
         return [python, *trainer]
     return [python, *_isolation(), "-m", "deepspeed.launcher.launch",
@@ -55,19 +55,23 @@ def _world_info(devices: Sequence[str]) -> str:
 def device_ids(config: Mapping[str, Any], base_env: Mapping[str, str]) -> list[str]:
     """One entry of CUDA_VISIBLE_DEVICES per rank, within what `base_env` makes visible.
 
-    DeepSpeed's launcher sets the variable for CPU ranks too; -1 hides every GPU from them.
-    Raises MissingInput when fewer devices are visible than `device.count`.
+    Indices are positions there, in CUDA's own order, as they were when the machine was measured. DeepSpeed's
+    launcher sets the variable for CPU ranks too; -1 hides every GPU from them.
+    Raises MissingInput when fewer devices are visible than `device.count` or `device.gpus` needs.
     """
     count = config["device.count"]
     if config["device.kind"] == "cpu":
         return ["-1"] * count
+    named = config["device.gpus"].split(",") if config["device.gpus"] else range(count)
+    indices = [int(index) for index in named]
     if "CUDA_VISIBLE_DEVICES" not in base_env:
-        return [str(index) for index in range(count)]
+        return [str(index) for index in indices]
     visible = [name.strip() for name in base_env["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    if len(visible) < count:
-        raise MissingInput(f"The run needs {count} GPUs and CUDA_VISIBLE_DEVICES="
-                           f"{base_env['CUDA_VISIBLE_DEVICES']} shows {len(visible)}; name {count} there.")
-    return visible[:count]
+    needed = max(indices) + 1
+    if len(visible) < needed:
+        raise MissingInput(f"The run needs {needed} GPUs and CUDA_VISIBLE_DEVICES="
+                           f"{base_env['CUDA_VISIBLE_DEVICES']} shows {len(visible)}; name {needed} there.")
+    return [visible[index] for index in indices]
 
 
 def environment(config: Mapping[str, Any], base_env: Mapping[str, str], *, python: str = sys.executable,
@@ -89,10 +93,9 @@ def environment(config: Mapping[str, Any], base_env: Mapping[str, str], *, pytho
         env.setdefault("OMP_WAIT_POLICY", "passive")
         env["CUDA_VISIBLE_DEVICES"] = ""
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    elif not any(name in base_env for name in _ALLOCATOR_VARIABLES):
-        # torch 2.13 reads PYTORCH_ALLOC_CONF; the CUDA name is the older one and would win.
-        env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    return env
+    elif config["device.gpus"]:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(device_ids(config, base_env))
+    return env | allocator_environment(config, base_env)
 
 
 def free_port() -> int:

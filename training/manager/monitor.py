@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.manager.forecast import Forecast, LossForecast
 from training.records import GIB
 from training.rundir import RunDirectory
 
@@ -166,8 +167,10 @@ def describe(rows: Iterable[Mapping[str, Any]], steps: int) -> str:
 class Monitor:
     """Follows one run; `poll` reads what is new and says where it is."""
 
-    def __init__(self, run: RunDirectory, now: Callable[[], float] = time.monotonic):
+    def __init__(self, run: RunDirectory, now: Callable[[], float] = time.monotonic,
+                 forecast: Forecast | None = None):
         self.run = run
+        self.forecast = LossForecast(run.path, forecast, now)
         self.now = now
         self.rows: deque[dict[str, Any]] = deque(maxlen=SMOOTHED_STEPS)
         self.heartbeat: Heartbeat | None = None
@@ -179,7 +182,9 @@ class Monitor:
         restarted, rows = self._tail.read()
         if restarted:
             self.rows.clear()
+            self.forecast.clear()
         self.rows.extend(rows)
+        self.forecast.add(rows)
         beat = self._read_heartbeat()
         if rows or (beat is not None and beat != self.heartbeat):
             self._changed = self.now()
@@ -211,6 +216,8 @@ class Monitor:
             return Update(beat.phase, beat.done, beat.total, self._quiet(beat.phase) or beat.detail)
         # A checkpoint on the way is a part of the training, not a phase of its own.
         detail = f"saving {beat.detail}" if saving else describe(self.rows, beat.steps)
+        if expected := "" if saving else self.forecast.text(beat.steps):
+            detail = f"{detail} · {expected}"
         done = max(beat.step, min(self.step, beat.steps))
         return Update("train", done, beat.steps, self._quiet("train") or detail)
 

@@ -117,7 +117,7 @@ def conclude(run: RunDirectory, ending: Ending, log_offset: int = 0) -> tuple[Re
         if ending.returncode == 0:
             return result, None
         error: EliteError = EliteError(
-            f"The trainer wrote its result and then ended with {_code_text(ending.returncode)}, so the "
+            f"The trainer wrote its result and then ended with {code_text(ending.returncode)}, so the "
             f"result is not trusted. {_way_on(run)}{_tail_text(run, log_offset)}")
     elif result is not None:
         error = _told(run, result, ending, log_offset)
@@ -139,7 +139,7 @@ def _told(run: RunDirectory, result: Result, ending: Ending, log_offset: int) ->
     if issubclass(cls, Interrupted | StoppedByUser):
         cls = EliteError
     tail = _tail_text(run, log_offset) if cls is EliteError else ""
-    first = result.error.strip() or f"the trainer ended with {_code_text(ending.returncode)}"
+    first = result.error.strip() or f"the trainer ended with {code_text(ending.returncode)}"
     return cls(f"Training failed{_where(run)}: {_sentence(first)} {_way_on(run)}{tail}")
 
 
@@ -152,18 +152,18 @@ def _untold(run: RunDirectory, ending: Ending, log_offset: int) -> EliteError:
         return DoesNotFit(f"The kernel killed the trainer{_where(run)}: the machine's memory (RAM) ran out. "
                           f"End other programs or plan a smaller --context or --tier. {_way_on(run)}")
     if by_signal in (signal.SIGKILL, signal.SIGTERM):
-        return Interrupted(f"Something outside ended the trainer with {_code_text(code)}{_where(run)}. "
+        return Interrupted(f"Something outside ended the trainer with {code_text(code)}{_where(run)}. "
                            f"{_way_on(run)}")
-    cls, meaning = _class_of("\n".join(log_tail(run.log, log_offset, 60)))
+    cls, meaning = class_of("\n".join(log_tail(run.log, log_offset, 60)))
     if not meaning:
         cls = CLASSES.get(code, EliteError) if code in (65, 66, 71, 73) else EliteError
         meaning = ("it ended with code 0 but left no valid result.json" if code == 0
-                   else f"it ended with {_code_text(code)}")
+                   else f"it ended with {code_text(code)}")
     return cls(f"Training failed{_where(run)}: {_sentence(meaning)} {_way_on(run)}"
                f"{_tail_text(run, log_offset)}")
 
 
-def _class_of(log: str) -> tuple[type[EliteError], str]:
+def class_of(log: str) -> tuple[type[EliteError], str]:
     """Which kind of failure a log's end shows, and its meaning, or nothing known."""
     for pattern, cls, meaning in SIGNS:
         if re.search(pattern, log):
@@ -194,7 +194,8 @@ def _tail_text(run: RunDirectory, log_offset: int) -> str:
     return f"\nThe end of {run.log}:" + "".join(f"\n  {line}" for line in lines) if lines else ""
 
 
-def _code_text(returncode: int) -> str:
+def code_text(returncode: int) -> str:
+    """An exit status in words: the signal's name, or the code."""
     found = signal_of(returncode)
     return signal.Signals(found).name if found else f"code {returncode}"
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from training import models, weights
-from training.errors import CannotWrite, DoesNotFit, raise_all
+from training.errors import raise_all
 from training.longcontext.policy import StreamPolicy
-from training.planning import choices, limits, memory, policies, situation, streaming, tiers, timing
+from training.planning import choices, limits, policies, refusals, situation, streaming, tiers, timing
 from training.planning.limits import Candidate, gib, hours
+from training.planning.refusals import SMALL_CONTEXTS
 from training.planning.situation import Situation
-from training.records import BaseModel, Choice, HardwareProfile, Limit, Plan, RepositoryFacts, Request
+from training.planning.tiers import Tier
+from training.records import BaseModel, Choice, HardwareProfile, Plan, RepositoryFacts, Request, TierRow
 from training.settings import contradictions
 
-SMALL_CONTEXTS = (2048, 1024, 512, 256)
+# One tier of the table worked out, by its index; each is worked out once.
+Rows = Callable[[int], Candidate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The window to train. `by`: the limits that a longer one breaks, where limits decided."""
+
+    candidate: Candidate
+    by: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class OptimalConfigCalculator:
@@ -29,43 +40,91 @@ class OptimalConfigCalculator:
         self.tiers = tiers.load()
 
     def calculate(self, request: Request, base: BaseModel, facts: RepositoryFacts) -> Plan:
-        """The plan for this request.
+        """The plan for this request, with every tier worked out.
 
-        Raises UsageError or Problems (values that cannot be honoured), DoesNotFit (device memory),
-        CannotWrite (disk without room).
+        Raises UsageError or Problems (values that cannot be honoured), DoesNotFit (device or host memory)
+        and CannotWrite (disk without room); the last two not with `request.anyway`.
         """
+        place = self._place(request, base, facts)
+        row = self._rows(place)
+        rows = [row(index) for index in range(len(self.tiers))]
+        fitting = [limits.fits(place, each) for each in rows]
+        chosen = self._checked(place, self._choose(place, row))
+        final = chosen.candidate
+        return Plan(tier=final.tier, context_tokens=final.context_tokens, base_model=place.base.location,
+                    target_tokens=int(final.choices["dataset.target_tokens"].value), choices=final.choices,
+                    memory=final.memory, limits=limits.verdicts(place, rows, fitting),
+                    steps=final.schedule.steps, step_s=_finite(final.schedule.step_s),
+                    total_s=_finite(final.schedule.total_s), notes=(*chosen.notes, *_notes(place, final)),
+                    tiers=tuple(map(_tier_row, self.tiers, rows, fitting)), room=_room(place))
+
+    def outline(self, request: Request, base: BaseModel, facts: RepositoryFacts) -> Chosen:
+        """The window that `calculate` would choose, without the tiers that do not decide; raises the same
+        errors, without looking for the nearest plan that fits."""
+        place = self._place(request, base, facts)
+        chosen = self._choose(place, self._rows(place))
+        found = refusals.shortage(place, chosen.candidate)
+        if found and not request.anyway:
+            raise found.error(found.text)
+        return self._cut(place, chosen)
+
+    def _place(self, request: Request, base: BaseModel, facts: RepositoryFacts) -> Situation:
         place, problems = situation.build(request, self.profile, base, facts, self.tiers)
         raise_all(problems)
-        rows = [self._candidate(place, row.context_tokens, "derived", "") for row in self.tiers]
-        verdicts = limits.verdicts(place, rows)
-        chosen, notes = self._choose(place, verdicts)
-        values = {name: choice.value for name, choice in chosen.choices.items()}
-        raise_all(contradictions(values))
-        _check_fit(place, chosen, verdicts, self._instead(place, chosen))
-        chosen, more = _within_hours(place, chosen)
-        return Plan(tier=chosen.tier, context_tokens=chosen.context_tokens, base_model=place.base.location,
-                    target_tokens=int(chosen.choices["dataset.target_tokens"].value), choices=chosen.choices,
-                    memory=chosen.memory, limits=verdicts, steps=chosen.schedule.steps,
-                    step_s=_finite(chosen.schedule.step_s), total_s=_finite(chosen.schedule.total_s),
-                    notes=(*_notes(place, chosen), *notes, *more))
+        return place
 
-    def _choose(self, place: Situation, verdicts: dict[str, Limit]) -> tuple[Candidate, list[str]]:
-        fixed = place.user.get("dataset.context_tokens")
+    def _rows(self, place: Situation) -> Rows:
+        @functools.cache
+        def row(index: int) -> Candidate:
+            return self._candidate(place, self.tiers[index].context_tokens, "derived", "")
+        return row
+
+    def _checked(self, place: Situation, chosen: Chosen) -> Chosen:
+        """The choice within the hours granted. Raises what it contradicts or has no room for."""
+        values = {name: choice.value for name, choice in chosen.candidate.choices.items()}
+        raise_all(contradictions(values))
+        found = refusals.shortage(place, chosen.candidate)
+        if found and not place.request.anyway:
+            raise refusals.refusal(found, place, chosen.candidate, functools.partial(self._fitting, place))
+        told = (f"--anyway: it runs although it does not fit. {found.text}",) if found else ()
+        cut = self._cut(place, chosen)
+        return replace(cut, notes=(*told, *cut.notes))
+
+    def _fitting(self, place: Situation, request: Request, base: BaseModel) -> Candidate | None:
+        """The window for another request on the same machine, or None where it would be refused."""
+        other, problems = situation.build(request, self.profile, base, place.facts, self.tiers)
+        if problems or (request.tier is None and self._hopeless(other)):
+            return None
+        candidate = self._choose(other, self._rows(other)).candidate
+        values = {name: choice.value for name, choice in candidate.choices.items()}
+        return None if contradictions(values) or refusals.shortage(other, candidate) else candidate
+
+    def _hopeless(self, place: Situation) -> bool:
+        """Whether not even the shortest window that would be tried fits; a longer one takes no less."""
+        if "dataset.context_tokens" in place.user or place.embedded or place.device == "cpu":
+            return False
+        return all(refusals.shortage(place, find(place, SMALL_CONTEXTS[-1], "derived", ""))
+                   for find in (self._candidate, self._short_streamed))
+
+    def _cut(self, place: Situation, chosen: Chosen) -> Chosen:
+        candidate, notes = _within_hours(place, chosen.candidate)
+        return replace(chosen, candidate=candidate, notes=(*chosen.notes, *notes))
+
+    def _choose(self, place: Situation, row: Rows) -> Chosen:
+        fixed, number = place.user.get("dataset.context_tokens"), place.request.tier
         if fixed is not None:
-            return self._candidate(place, int(fixed), "user", "set by the user"), []
-        if place.request.tier is not None:
-            context = self.tiers[place.request.tier - 1].context_tokens
-            return self._candidate(place, context, "user", f"--tier {place.request.tier}"), []
+            return Chosen(candidate=self._candidate(place, int(fixed), "user", "set by the user"))
+        if number is not None:
+            return Chosen(candidate=row(number - 1).told("user", f"--tier {number}"))
         if place.embedded or place.device == "cpu":
-            return self._packed(place), []
-        lowest = min(limit.tier for limit in verdicts.values())
-        by = ", ".join(name.replace("_", " ") for name, limit in verdicts.items() if limit.tier == lowest)
-        if lowest:
-            context = self.tiers[lowest - 1].context_tokens
-            return self._candidate(place, context, "measured", f"tier {lowest}, the highest within every "
-                                                               "limit "
-                                                               f"(decided by {by})"), []
-        return self._below(place, by)
+            return Chosen(candidate=self._packed(place))
+        found = limits.reached(place, map(row, range(len(self.tiers))))
+        by = ", ".join(name.replace("_", " ") for name in found.by) or "none: it is the last of the table"
+        if found.row is None:
+            return self._below(place, found.by)
+        source = "preset" if place.profile.source == "preset" else "measured"
+        why = f"tier {found.tier}, the highest within every limit (decided by {by})"
+        return Chosen(candidate=found.row.told(source, why), by=found.by)
 
     def _packed(self, place: Situation) -> Candidate:
         """Short windows in which every token is a target: the embedded model, and any base on a CPU."""
@@ -76,33 +135,44 @@ class OptimalConfigCalculator:
         context = min(context, place.base.shape.native_context, _power(place.repository_tokens))
         return self._candidate(place, context, "derived", f"{why}; `--tier` or `--context` asks for another")
 
-    def _below(self, place: Situation, by: str) -> tuple[Candidate, list[str]]:
-        """No tier fits: the longest packed window below the table that memory allows."""
-        last = None
-        for context in SMALL_CONTEXTS:
-            if context > min(place.max_context, max(_power(place.repository_tokens), SMALL_CONTEXTS[-1])):
-                continue
-            last = self._candidate(place, context, "measured",
-                                   f"below tier 1, whose {self.tiers[0].context_tokens:,} tokens exceed: "
-                                   f"{by}")
-            if last.memory.device_bytes <= place.device_bytes:
-                return last, [f"No tier fits ({by}); windows of {context:,} tokens, packed, are trained "
-                              "instead."]
-        return last or self._candidate(place, place.max_context, "measured", "the base's own limit"), []
+    def _below(self, place: Situation, by: tuple[str, ...]) -> Chosen:
+        """No tier fits: the longest packed window below the table that memory allows, through the plain
+        step, else through the streamed one."""
+        broken = ", ".join(name.replace("_", " ") for name in by)
+        longest = min(place.max_context, max(_power(place.repository_tokens), SMALL_CONTEXTS[-1]))
+        contexts = [size for size in SMALL_CONTEXTS if size <= longest] or [place.max_context]
+        why = f"below tier 1, whose {self.tiers[0].context_tokens:,} tokens exceed: {broken}"
+        for find in (self._candidate, self._short_streamed):
+            for context in contexts:
+                last = find(place, context, "measured", why)
+                if not refusals.shortage(place, last):
+                    return Chosen(candidate=last, by=by, notes=(
+                        f"No tier fits ({broken}); windows of {context:,} tokens, packed, are trained "
+                        "instead.",))
+        return Chosen(candidate=last, by=by)
+
+    def _short_streamed(self, place: Situation, context: int, source: str, why: str) -> Candidate:
+        """A window shorter than those that are streamed unasked; the plain step where the user wants it."""
+        if policies.asked(place) is False:
+            return self._candidate(place, context, source, why)
+        return self._streamed(place, choices.window_of(place, context, source, why), place.user)[0]
 
     def _candidate(self, place: Situation, context: int, source: str, why: str) -> Candidate:
         """One window length: activations kept if they fit, recomputed if not, or the streamed step."""
         wanted = policies.asked(place)
         if wanted:
             return self._streamed(place, choices.window_of(place, context, source, why), place.user)[0]
-        windows = [choices.window_of(place, context, source, why, recompute) for recompute in (False, True)]
-        plain = [self._worked(place, replace(window, step_why=policies.PLAIN)) for window in windows]
-        fitting = next((c for c in plain if c.memory.device_bytes <= place.device_bytes), None)
+        for recompute in (False, True):
+            window = choices.window_of(place, context, source, why, recompute)
+            plain = self._worked(place, replace(window, step_why=policies.PLAIN))
+            fitting = plain if plain.memory.device_bytes <= place.device_bytes else None
+            if fitting:
+                break
         if wanted is False or context < policies.LEAST_CONTEXT:
-            return fitting or plain[-1]
+            return plain
         if fitting and not policies.worth_a_try(place, context):
             return fitting
-        return self._compared(place, windows[0], fitting, plain[-1])
+        return self._compared(place, replace(window, recompute=False), fitting, plain)
 
     def _compared(self, place: Situation, window: choices.Window, fitting: Candidate | None,
                   plain: Candidate) -> Candidate:
@@ -111,9 +181,11 @@ class OptimalConfigCalculator:
         if fitting is None:
             closer = plain.memory.device_bytes / max(1, place.device_bytes) < over
             return plain if over > 1 and closer else streamed
-        if over > 1 or not policies.preferred(place, fitting, streamed):
+        timely = (limits.fits(place, streamed)["hours"], limits.fits(place, fitting)["hours"])
+        if over > 1 or timely == (False, True):
             return fitting
-        return streamed
+        better = timely == (True, False) or policies.preferred(place, fitting, streamed)
+        return streamed if better else fitting
 
     def _streamed(self, place: Situation, window: choices.Window,
                   user: Mapping[str, Any]) -> tuple[Candidate, float]:
@@ -125,19 +197,6 @@ class OptimalConfigCalculator:
                          stream_why=policies.why(fit, place.device))
         return self._worked(place, window), fit.over
 
-    def _instead(self, place: Situation, chosen: Candidate) -> str:
-        """For a step that does not fit as the user's stream.* keys set it: a policy that does."""
-        own = [name for name in place.user if name.startswith("stream.")]
-        if not own:
-            return ""
-        free = replace(place, user={k: v for k, v in place.user.items() if not k.startswith("stream.")})
-        other, over = self._streamed(free, choices.window_of(free, chosen.context_tokens, "user", ""), {})
-        if over > 1:
-            return ""
-        changed = {name: choice.value for name, choice in other.choices.items()
-                   if name in place.user and name.startswith("stream.") and choice.value != place.user[name]}
-        return "Nearest setting that fits: " + " ".join(f"--set {k}={v}" for k, v in changed.items()) + "."
-
     def _worked(self, place: Situation, window: choices.Window) -> Candidate:
         chosen = choices.derive(place, window)
         values = {name: choice.value for name, choice in chosen.items()}
@@ -145,7 +204,7 @@ class OptimalConfigCalculator:
             context_tokens=window.context_tokens, target_tokens=window.target_tokens,
             tier=tiers.tier_of(window.context_tokens, self.tiers), choices=chosen,
             memory=streaming.estimate(place.base, values, place.repository_tokens,
-                                      _download_bytes(place.base)),
+                                      place.download_bytes),
             schedule=timing.schedule(place.base.shape, values, place.profile, place.facts.code_bytes))
 
 
@@ -159,41 +218,20 @@ def _finite(seconds: float) -> float:
     return seconds if math.isfinite(seconds) else 0.0
 
 
-def _download_bytes(base: BaseModel) -> int:
-    """16-bit weights still to be fetched; 0 for local folders, cached models and the embedded one."""
-    local = base.location == models.EMBEDDED or os.path.isabs(base.location)
-    return 0 if local or weights.cached_folder(base.location) else 2 * base.shape.total_parameters
+def _tier_row(tier: Tier, row: Candidate, fitting: Mapping[str, bool]) -> TierRow:
+    values = {name: row.choices[f"stream.{name}"].value for name in ("inputs", "pages", "weights")}
+    stage = row.choices["deepspeed.stage"].value
+    return TierRow(tier=tier.tier, context_tokens=row.context_tokens, target_tokens=row.target_tokens,
+                   step=row.step, device_bytes=row.memory.device_bytes, host_bytes=row.memory.host_bytes,
+                   disk_bytes=row.memory.disk_bytes, step_s=_finite(row.schedule.step_s),
+                   total_s=_finite(row.schedule.uncut_s), fits=dict(fitting),
+                   places={**(values if row.step == "streamed" else {}), "zero": str(stage)})
 
 
-def _check_fit(place: Situation, chosen: Candidate, verdicts: dict[str, Limit], instead: str) -> None:
-    """Raise DoesNotFit or CannotWrite; `instead` names a setting that fits, if one is known."""
-    need, room = chosen.memory.device_bytes, place.device_bytes
-    nearest = {name: instead or _nearest(verdicts[name], chosen) for name in ("device_memory", "host_memory")}
-    if need > room:
-        name, size = memory.largest_term(chosen.memory)
-        raise DoesNotFit(f"This run needs {gib(need)} GiB at {chosen.context_tokens:,} tokens; {gib(room)} "
-                         "GiB of "
-                         f"{'device memory' if place.device == 'cuda' else 'memory'} is usable. The "
-                         "largest term is "
-                         f"{name} ({gib(size)} GiB). {nearest['device_memory']}")
-    if chosen.memory.host_bytes > place.host_bytes and place.device == "cuda":
-        raise DoesNotFit(f"This run needs {gib(chosen.memory.host_bytes)} GiB of host memory; "
-                         f"{gib(place.host_bytes)} "
-                         f"GiB is usable. {nearest['host_memory']}")
-    if chosen.memory.disk_bytes > place.profile.disk_free_bytes:
-        raise CannotWrite(f"This run writes {gib(chosen.memory.disk_bytes)} GiB; "
-                          f"{gib(place.profile.disk_free_bytes)} "
-                          f"GiB is free on its disk. {instead}".rstrip()
-                          + " Free some, give --output on another disk, or set training.keep_checkpoints=1.")
-
-
-def _nearest(limit: Limit, chosen: Candidate) -> str:
-    if 0 < limit.tier < max(chosen.tier, 1) or (limit.tier and not chosen.tier):
-        return f"Nearest setting that fits: --tier {limit.tier}."
-    if chosen.context_tokens > SMALL_CONTEXTS[-1]:
-        half = _power(chosen.context_tokens - 1)
-        return f"Nearest: --context {half}, or a smaller --base-model (docs/models.md)."
-    return "Choose a smaller --base-model (docs/models.md), or embedded."
+def _room(place: Situation) -> dict[str, int]:
+    room = limits.rooms(place)
+    return {"device_bytes": room["device_memory"], "host_bytes": room["host_memory"],
+            "disk_bytes": room["disk"], "device_total_bytes": place.device_total_bytes}
 
 
 def _within_hours(place: Situation, chosen: Candidate) -> tuple[Candidate, list[str]]:
@@ -223,6 +261,10 @@ def _notes(place: Situation, chosen: Candidate) -> Iterable[str]:
         yield (f"The window is {context / shape.native_context:.3g} times the {shape.native_context:,} "
                "tokens that "
                f"{place.base.name} knows; YaRN stretches its rotary embedding.")
+    used = place.gpus_used
+    if place.device == "cuda" and len({gpu.free_bytes for gpu in used}) > 1:
+        yield (f"The smallest of {len(used)} GPUs ({gib(min(gpu.free_bytes for gpu in used))} GiB free) "
+               "decides, since each runs the same step; --set device.count=1 trains on one alone.")
     if context > place.repository_tokens:
         yield (f"The repository has about {place.repository_tokens:,} tokens, fewer than the window of "
                f"{context:,}; "

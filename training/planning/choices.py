@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from training.longcontext.policy import StreamPolicy
@@ -12,21 +12,18 @@ from training.planning.situation import Situation
 from training.planning.streaming import stream_choices
 from training.planning.tiers import tier_of
 from training.planning.timing import window_s, windows_in
+from training.planning.tuning import AdvancedOptimizer, UltraAdvancedOptimizer
+from training.planning.tuning.advanced import LORA_ALPHA, Work
 from training.records import Choice
 from training.settings import KEYS
 
 EMBEDDED_CONTEXT = 512           # beyond 128 tokens a model this small gains nothing (docs/research.md)
-EMBEDDED_MICRO_TOKENS = 2048
-EMBEDDED_STEP_TOKENS = 2048
-EMBEDDED_BUDGET_S = 170.0        # of 300 s: profile 8, dataset 25, imports 10, evaluations 20, reserve
+EMBEDDED_BUDGET_S = 150.0        # of 300 s: profile 15, trial 15, dataset 25, imports 10, evaluations 20
 EMBEDDED_EPOCHS = 8
-EMBEDDED_RATE = 2e-3
 CPU_CONTEXT = 1024
 CPU_BUDGET_S = 1800.0
 CPU_STEPS = 20                   # least updates within the budget of a base on a CPU, where windows allow
 BASE_EPOCHS = 3                  # epochs over a small repository flatten near 4 (docs/research.md)
-BASE_STEP_WINDOWS = 8
-EPOCH_STEPS = 8                  # least updates in an epoch, where the windows allow
 SAVE_EVERY_S = 300
 LOGITS_BYTES = 512 << 20         # of one chunk's logits and their gradients
 
@@ -65,6 +62,11 @@ class Chooser(Mapping[str, Any]):
             self.force(name, value, source, why)
         return self.choices[name].value
 
+    def take(self, found: Mapping[str, Choice]) -> None:
+        """Record choices made elsewhere."""
+        for name, choice in found.items():
+            self.put(name, choice.value, choice.source, choice.why)
+
     def force(self, name: str, value: Any, source: str, why: str) -> None:
         """Record a choice that already weighed what the user set."""
         known = "preset" if self.described and source == "measured" else source
@@ -98,22 +100,17 @@ def derive(situation: Situation, window: Window) -> dict[str, Choice]:
     _deepspeed(chooser, situation, window)
     _memory_savers(chooser, situation, window)
     _evaluation(chooser, situation)
-    _batch(chooser, situation)
+    each_s = window_s(situation.base.shape, chooser, situation.profile)
+    _batch(chooser, situation, each_s)
+    _ultra(chooser, situation, each_s)
     _optimizer(chooser, situation)
-    _length(chooser, situation)
+    _length(chooser, situation, each_s)
     _rest(chooser, situation)
     return {key.name: chooser.choices[key.name] for key in KEYS}
 
 
 def _device(chooser: Chooser, situation: Situation) -> None:
-    profile = situation.profile
-    gpus = len(profile.gpus)
-    kind = chooser.put("device.kind", profile.device, "measured",
-                       f"{gpus} x {profile.gpus[0].name}" if gpus else "no GPU was found")
-    chooser.put("device.count", max(1, gpus) if kind == "cuda" else 1, "measured",
-                "one process for each GPU" if kind == "cuda" else "one process uses every core")
-    chooser.put("device.threads", 0, "derived",
-                f"all {profile.cpu_cores} cores, shared out among the processes")
+    chooser.take(AdvancedOptimizer(situation.profile, situation.user).devices())
 
 
 def _model(chooser: Chooser, situation: Situation, window: Window) -> None:
@@ -136,7 +133,8 @@ def _model(chooser: Chooser, situation: Situation, window: Window) -> None:
 
 def _precision(chooser: Chooser, situation: Situation) -> None:
     embedded = situation.embedded
-    chooser.put("model.dtype", *_dtype(situation, chooser["device.kind"]))
+    tuning = AdvancedOptimizer(situation.profile, situation.user)
+    chooser.take({"model.dtype": tuning.precision(chooser["device.kind"], embedded)})
     lora = chooser.put("lora.enabled", not embedded, "derived",
                        "trained from scratch, so every weight is trained" if embedded else
                        f"a small adapter on {situation.base.shape.total_parameters / 1e9:.2f} B weights")
@@ -158,37 +156,14 @@ def _precision(chooser: Chooser, situation: Situation) -> None:
                 else "PyTorch's fused CPU kernel, memory linear in the window")
 
 
-def _dtype(situation: Situation, device: str) -> tuple[str, str, str]:
-    profile = situation.profile
-    if device == "cpu":
-        fp32, bf16 = profile.rate("cpu.matmul_fp32"), profile.rate("cpu.matmul_bf16")
-        if fp32 and bf16 and bf16 >= 2 * fp32 and not situation.embedded:
-            return "bfloat16", "measured", f"bf16 multiplies {bf16 / fp32:.1f} times as fast as fp32 here"
-        if fp32 and bf16:
-            return "float32", "measured", (f"fp32 multiplies at {fp32 / 1e9:,.0f} GFLOP/s on this CPU, "
-                                           f"bf16 at {bf16 / 1e9:,.3g}")
-        return "float32", "derived", "the safe type on a CPU; bf16 was not measured"
-    works, why = situation.works("bf16")
-    capability = min((_capability(gpu.capability) for gpu in profile.gpus), default=0.0)
-    if capability >= 8 and works:
-        return "bfloat16", "measured", f"compute capability {capability:g} multiplies bf16 in tensor cores"
-    reason = f"compute capability {capability:g} has no bf16 tensor cores" if capability < 8 else why
-    return "float16", "measured", f"{reason}; fp16 with a scaled loss"
-
-
-def _capability(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
-
-
 def _adapter(chooser: Chooser, situation: Situation, window: Window) -> None:
     lora = chooser["lora.enabled"]
     rank = chooser.put("lora.rank", window.rank, "preset",
                        f"configs/tiers.yaml at {window.context_tokens:,} tokens" if lora else
                        "unused: no adapter")
-    chooser.put("lora.alpha", 2 * rank, "derived", "twice the rank" if lora else "unused: no adapter")
+    chooser.put("lora.alpha", LORA_ALPHA, "preset",
+                f"QLoRA's, whose learning rate is used; alpha / rank is {LORA_ALPHA / rank:.3g}" if lora else
+                "unused: no adapter")
     chooser.put("lora.dropout", 0.0, "derived",
                 "none, so that recomputed activations equal the first" if lora else "unused: no adapter")
     chooser.put("lora.targets", list(situation.base.lora_targets) if lora else [], "preset",
@@ -272,43 +247,35 @@ def _evaluation(chooser: Chooser, situation: Situation) -> None:
     chooser.put("evaluation.completion_tokens", 48, "preset", "about four lines of code")
 
 
-def _batch(chooser: Chooser, situation: Situation) -> None:
-    context, count = int(chooser["dataset.context_tokens"]), int(chooser["device.count"])
-    windows = windows_in(situation.facts.code_bytes, chooser)
-    if situation.embedded and not chooser["stream.chunk_tokens"]:
-        fits = max(1, EMBEDDED_MICRO_TOKENS // context)
-        micro = chooser.put("training.micro_batch", max(1, min(fits, windows // EPOCH_STEPS)), "derived",
-                            f"about {EMBEDDED_MICRO_TOKENS:,} tokens at once; more is no faster on a CPU")
-        wanted, unit = max(1, EMBEDDED_STEP_TOKENS // (micro * context)), f"{EMBEDDED_STEP_TOKENS:,} tokens"
-    else:
-        micro = chooser.put("training.micro_batch", 1, "derived", "long windows fill the device one at a "
-                                                              "time")
-        wanted, unit = max(1, BASE_STEP_WINDOWS // (micro * count)), f"{BASE_STEP_WINDOWS} windows"
-        if chooser["device.kind"] == "cpu":
-            each_s = window_s(situation.base.shape, chooser, situation.profile) * micro
-            granted_s = min(CPU_BUDGET_S, situation.hours * 3600)
-            wanted = max(1, min(wanted, int(granted_s / CPU_STEPS / each_s) if each_s else wanted))
-    few = windows // (EPOCH_STEPS * micro * count)
-    chooser.put("training.accumulation", max(1, min(wanted, few)), "derived",
-                f"an update of about {unit}" if few >= wanted else
-                f"{windows:,} windows, so that an epoch still has {EPOCH_STEPS} updates")
+def _batch(chooser: Chooser, situation: Situation, each_s: float) -> None:
+    """`each_s`: seconds of a window's forward and backward, here and below."""
+    scratch = situation.embedded and not chooser["stream.chunk_tokens"]
+    work = Work(windows=windows_in(situation.facts.code_bytes, chooser), devices=int(chooser["device.count"]),
+                context_tokens=int(chooser["dataset.context_tokens"]), scratch=scratch)
+    if chooser["device.kind"] == "cpu" and not scratch:
+        granted_s = min(CPU_BUDGET_S, situation.hours * 3600)
+        work = replace(work, affordable=granted_s / CPU_STEPS / each_s if each_s else math.inf,
+                       affordable_why=f"windows take {each_s:,.0f} s each, so that {CPU_STEPS} updates fit")
+    chooser.take(AdvancedOptimizer(situation.profile, situation.user).batch(work))
+
+
+def _ultra(chooser: Chooser, situation: Situation, each_s: float) -> None:
+    """Warm-up, allocator, pool, clipping, kernel choice."""
+    micro_s = each_s * int(chooser["training.micro_batch"])
+    chooser.take(UltraAdvancedOptimizer(situation.profile, situation.user).choices(chooser, micro_s))
 
 
 def _optimizer(chooser: Chooser, situation: Situation) -> None:
     embedded, lora = situation.embedded, chooser["lora.enabled"]
-    large = situation.base.shape.total_parameters > 20e9
-    rate, why = (1e-4 if large else 2e-4, "QLoRA's rate for this size (arXiv:2305.14314, table 9)")
-    if embedded:
-        rate, why = EMBEDDED_RATE, "1.5e-3 and 3e-3 gave one held-out loss after 0.26 M tokens, 6e-3 more"
-    elif not lora:
-        rate, why = 2e-5, "a tenth of LoRA's: every weight moves"
-    chooser.put("training.learning_rate", rate, "preset", why)
+    windows = math.prod(int(chooser[name]) for name in ("training.micro_batch", "training.accumulation",
+                                                        "device.count"))
+    tuning = AdvancedOptimizer(situation.profile, situation.user)
+    chooser.take({"training.learning_rate": tuning.learning_rate(situation.base, lora, windows, embedded)})
     chooser.put("training.schedule", "cosine", "preset", "ends low, so the last step is the best one")
     chooser.put("training.warmup_share", 0.05 if embedded else 0.03, "preset", "Adam's moments settle first")
     chooser.put("training.min_lr_share", 0.1, "preset", "the last updates still move")
     chooser.put("training.weight_decay", 0.0 if lora else 0.01, "preset",
                 "an adapter is small and starts at zero" if lora else "on matrices only")
-    chooser.put("training.clip_norm", 1.0, "preset", "one bad window cannot undo many good ones")
     eight_bit = (lora and chooser["device.kind"] == "cuda" and not chooser["deepspeed.stage"]
                  and "bitsandbytes_8bit" in situation.profile.supports
                  and situation.works("bitsandbytes_8bit")[0])
@@ -321,10 +288,9 @@ def _optimizer(chooser: Chooser, situation: Situation) -> None:
     chooser.put("optimizer.eps", 1e-8, "preset", "Adam's usual value")
 
 
-def _length(chooser: Chooser, situation: Situation) -> None:
+def _length(chooser: Chooser, situation: Situation, per_window_s: float) -> None:
     """Epochs and seconds. On a CPU and for the embedded model the seconds decide, unless a length was set."""
     chooser.put("training.max_steps", 0, "derived", "the epochs decide")
-    per_window_s = window_s(situation.base.shape, chooser, situation.profile)
     budget_s, why = _budget(chooser, situation)
     budget_s = chooser.put("training.budget_s", budget_s, "derived", why)
     most = EMBEDDED_EPOCHS if situation.embedded else BASE_EPOCHS
@@ -361,6 +327,7 @@ def _saving(chooser: Chooser, per_window_s: float) -> None:
 def _rest(chooser: Chooser, situation: Situation) -> None:
     name = f"{situation.base.name}-{situation.facts.name or 'repository'}"
     chooser.put("run.name", name, "derived", "base and repository")
+    chooser.put("training.trial", True, "preset", "real steps check the plan before hours are spent")
     chooser.put("run.seed", 1234, "preset", "the same run twice gives the same weights")
     about = "about 4 M parameters, trained in minutes" if situation.embedded else "unused: not that base"
     for key in KEYS:

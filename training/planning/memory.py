@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from training.records import GIB, BaseModel, LinearShape, Memory, ModelShape
-from training.shapes import family_of, frozen_bytes, lora_parameters
+from training.planning import activations
+from training.planning.activations import DTYPE_BYTES, adapted
+from training.records import GIB, BaseModel, Memory, ModelShape
+from training.shapes import frozen_bytes, lora_parameters
 
 MIB = 1 << 20
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # CUDA context with cuBLAS and the kernels of a step: 0.4-0.6 GiB by card (PyTorch forum reports; not
 # measured here).
 CUDA_RUNTIME_BYTES = GIB // 2
@@ -47,27 +48,64 @@ def estimate(base: BaseModel, values: Mapping[str, Any], dataset_tokens: int = 0
 
 
 def device_terms(shape: ModelShape, values: Mapping[str, Any]) -> dict[str, float]:
-    """Every term in bytes by name: weights, adapter, gradients, optimizer, activations, logits, workspace,
-    runtime, fragmentation."""
-    terms = {"weights": weight_bytes(shape, values), "adapter": adapter_bytes(shape, values),
-             "gradients": gradient_bytes(shape, values), "optimizer": optimizer_bytes(shape, values),
-             "activations": activation_bytes(shape, values), "logits": logits_bytes(shape, values),
-             "workspace": workspace_bytes(shape, values)}
-    moving = terms["activations"] + terms["logits"] + terms["workspace"]
-    terms["runtime"] = _runtime_bytes(values)
-    terms["fragmentation"] = _fragmentation(shape, values) * moving
-    return terms
+    """Every term in bytes by name: weights, adapter, optimizer, workspace, runtime, and at the step's fullest
+    moment activations, working (what the pass works with), logits and gradients; fragmentation of these."""
+    moving = max(step_moments(shape, values), key=lambda found: sum(found.values()))
+    return {**outer_terms(shape, values), **moving,
+            "fragmentation": _fragmentation(shape, values) * sum(moving.values())}
+
+
+def outer_terms(shape: ModelShape, values: Mapping[str, Any]) -> dict[str, float]:
+    """What does not depend on how the step is taken."""
+    return {"weights": weight_bytes(shape, values), "adapter": adapter_bytes(shape, values),
+            "optimizer": optimizer_bytes(shape, values), "workspace": workspace_bytes(shape, values),
+            "runtime": _runtime_bytes(values)}
+
+
+def step_moments(shape: ModelShape, values: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The plain step's terms at each moment that can be its fullest: the loss, the backward passes of the
+    final norm, of the last MLP and of the first, and the end, when all gradients exist and no activations.
+
+    Gradients of earlier micro-batches are held all the time. Else those of a trained head exist from the loss
+    on, and a layer's from its backward pass on; at the end an embedding's is made whole before it is added.
+    """
+    found, everything = [], gradient_bytes(shape, values)
+    for name, (kept, worked) in activations.moments(shape, values).items():
+        logits = logits_bytes(shape, values) if name == "loss" else _target_states(shape, values)
+        found.append({"activations": kept, "working": worked, "logits": logits,
+                      "gradients": _gradients_at(name, shape, values)})
+    table = 0.0 if values["lora.enabled"] else float(4 * shape.vocab * shape.hidden)
+    return [*found, {"gradients": everything + table}]
+
+
+def _gradients_at(moment: str, shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """Gradients of weights that exist at a moment."""
+    everything = gradient_bytes(shape, values)
+    if values["lora.enabled"]:
+        return everything if several(values) else 0.0
+    matrix, head = 4.0 * shape.hidden * shape.intermediate, 4.0 * shape.hidden * shape.vocab
+    if several(values):
+        return everything + {"loss": 0.0, "norm": head, "mlp": matrix, "first": matrix}[moment]
+    outside = sum(shape.parameters.get(name, 0) for name in ("embeddings", "positions", "head"))
+    layers = 4.0 * (shape.total_parameters - outside) * (shape.layers - 1) / shape.layers
+    return {"loss": 0.0, "norm": head, "mlp": head + matrix, "first": head + layers + matrix}[moment]
+
+
+def several(values: Mapping[str, Any]) -> bool:
+    """Whether gradients are held while a micro-batch is worked on."""
+    return int(values["training.accumulation"]) > 1 or int(values["deepspeed.stage"]) > 0
 
 
 def _fragmentation(shape: ModelShape, values: Mapping[str, Any]) -> float:
-    """Share of the step's own bytes that the allocator holds on top."""
+    """Share of the step's own bytes that the allocator holds on top. On a CPU it is of the window whose
+    hidden states are as large as glibc's heap takes; what a longer one holds beyond is given back."""
     if values["device.kind"] == "cuda":
         return GPU_FRAGMENTATION
     tokens = int(values["dataset.context_tokens"]) * int(values["training.micro_batch"])
-    if tokens * shape.hidden * element_bytes(values) > GLIBC_HEAP_BYTES:
-        return CPU_FRAGMENTATION_LARGE
+    below = min(1.0, GLIBC_HEAP_BYTES / (tokens * shape.hidden * element_bytes(values)))
     batches = "one" if int(values["training.accumulation"]) == 1 else "several"
-    return CPU_FRAGMENTATION[batches + (", recomputed" if values["training.checkpointing"] else "")]
+    share = CPU_FRAGMENTATION[batches + (", recomputed" if values["training.checkpointing"] else "")]
+    return below * share + (1 - below) * CPU_FRAGMENTATION_LARGE
 
 
 def element_bytes(values: Mapping[str, Any]) -> int:
@@ -80,12 +118,6 @@ def trainable_parameters(shape: ModelShape, values: Mapping[str, Any]) -> int:
     if values["lora.enabled"]:
         return lora_parameters(shape, tuple(x.name for x in adapted(shape, values)), int(values["lora.rank"]))
     return shape.total_parameters
-
-
-def adapted(shape: ModelShape, values: Mapping[str, Any]) -> list[LinearShape]:
-    """The linear layers that get an adapter; an empty `lora.targets` means all."""
-    names = values["lora.targets"]
-    return [x for x in shape.linears if not names or x.name in names]
 
 
 def weight_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
@@ -108,10 +140,17 @@ def weight_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
     elif values["deepspeed.stage"]:
         held = shape.total_parameters * element_bytes(values)
     else:
-        held = shape.total_parameters * (4 if element_bytes(values) == 4 else 4 + element_bytes(values))
+        held = 4 * shape.total_parameters + (0 if element_bytes(values) == 4 else _cast_bytes(shape, values))
     if values["deepspeed.stage"] == 3:
         return 0.0 if values["deepspeed.offload_parameters"] else held / int(values["device.count"])
     return held
+
+
+def _cast_bytes(shape: ModelShape, values: Mapping[str, Any]) -> int:
+    """Copies that autocast makes and keeps of the weights that multiply; an embedding is only read."""
+    read = shape.parameters.get("positions", 0)
+    read += 0 if shape.tied else shape.parameters.get("embeddings", 0)
+    return element_bytes(values) * (shape.total_parameters - read)
 
 
 def adapter_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
@@ -141,86 +180,20 @@ def _optimizer_state(shape: ModelShape, values: Mapping[str, Any]) -> float:
     return (ADAM_BYTES[str(values["optimizer.name"])] + master) * trainable_parameters(shape, values)
 
 
-def layer_bytes_per_token(shape: ModelShape, values: Mapping[str, Any]) -> float:
-    """What autograd keeps of one layer for one token.
-
-    Fused attention: q, k, v and output, (2A + 2K) e. Activation: 3I e with a gate, I e fused, 4I e written
-    out. Full training: each norm's input (RMSNorm: and normalized value), and what linear layers read: H a
-    norm, A, I. LoRA: frozen linear layers keep nothing; a norm keeps its input (RMSNorm in fp32); each
-    adapter an fp32 copy of its input, which with e = 4 is shared among layers that read the same tensor,
-    and r fp32 numbers.
-
-    >>> from training.shapes import shape_from_config
-    >>> small = shape_from_config({"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4,
-    ...     "num_attention_heads": 4, "intermediate_size": 704, "vocab_size": 4096})
-    >>> full = {"model.dtype": "float32", "lora.enabled": False}
-    >>> layer_bytes_per_token(small, full)      # (11 x 256 + 4 x 704) x 4
-    22528.0
-    """
-    e, family = element_bytes(values), family_of(shape)
-    attention, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    kept = (2 * attention + 2 * keys + family.kept * shape.intermediate) * e
-    if not values["lora.enabled"]:
-        norm = 1 if family.norm_bias else 2
-        read = min(family.norms, 2) * shape.hidden + attention + shape.intermediate
-        return float(kept + (family.norms * norm * shape.hidden + read) * e)
-    targets = adapted(shape, values)
-    norms = family.norms * shape.hidden * (e if family.norm_bias else 4)
-    ranks = 4 * int(values["lora.rank"]) * sum(x.count for x in targets) / shape.layers
-    return kept + norms + ranks + 4 * _adapter_inputs(targets, shape, shared=e == 4)
-
-
-def inner_bytes_per_token(shape: ModelShape, values: Mapping[str, Any]) -> float:
-    """Of `layer_bytes_per_token`, what is kept inside the MLP: the activation's tensors and what the MLP's
-    linear layers or their adapters read."""
-    e, family = element_bytes(values), family_of(shape)
-    kept = float(family.kept * shape.intermediate * e)
-    if not values["lora.enabled"]:
-        return kept + shape.intermediate * e
-    inside = [x for x in adapted(shape, values) if x.name in family.mlp]
-    ranks = 4 * int(values["lora.rank"]) * sum(x.count for x in inside) / shape.layers
-    return kept + ranks + 4 * _adapter_inputs(inside, shape, shared=e == 4)
-
-
-def _adapter_inputs(targets: list[LinearShape], shape: ModelShape, shared: bool) -> float:
-    """Numbers that a layer's adapters keep of their inputs."""
-    if not shared:
-        return sum(x.inputs * x.count for x in targets) / shape.layers
-    family, read = family_of(shape), dict[str, float]()
-    for x in targets:
-        if x.name in (family.out, family.mlp[-1]):
-            role = f"{x.name} {x.inputs}"
-        else:
-            role = "norm 1" if x.name in family.qkv or family.norms == 1 else "norm 2"
-        read[role] = x.inputs * x.count / shape.layers
-    return sum(read.values())
-
-
-def activation_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
-    """Plain: every layer's kept tensors. Recomputed (Chen et al., arXiv:1604.06174): each layer's input, H
-    e a token, and one layer's kept tensors. Both: embedding and final norm, 3H e; attention's log-sum-exp,
-    4 bytes a head; with a 16-bit adapter the widest fp32 gradient, 4I. Within 8 % of the live bytes of 16
-    measured steps.
-    """
-    e = element_bytes(values)
-    tokens = int(values["dataset.context_tokens"]) * int(values["training.micro_batch"])
-    layer = layer_bytes_per_token(shape, values) + 4 * shape.heads
-    inside = 3 * shape.hidden * e + (4 * shape.intermediate if values["lora.enabled"] and e == 2 else 0)
-    if values["training.checkpointing"]:
-        return tokens * (shape.layers * shape.hidden * e + layer + inside)
-    return tokens * (shape.layers * layer + inside)
-
-
 def logits_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
-    """One chunk's logits, their fp32 copy, log-probabilities and gradients: 16 V bytes a token in 16 bit,
-    12 V in fp32; for a trained head two fp32 gradients of it. Hidden states of all targets and their
-    gradient: 2 H e.
+    """Of one chunk in fp32: log-probabilities, their gradient and the logits' gradient, 12 V bytes a token;
+    for a trained head two fp32 gradients of it. Hidden states of all targets and their gradient: 2 H e.
     """
     targets = int(values["dataset.target_tokens"]) * int(values["training.micro_batch"])
     chunk = min(int(values["training.loss_chunk_tokens"]) or targets, targets)
     head = 0 if values["lora.enabled"] else 8 * shape.vocab * shape.hidden
-    e = element_bytes(values)
-    return chunk * shape.vocab * (12 if e == 4 else 16) + head + 2 * targets * shape.hidden * e
+    return chunk * shape.vocab * 12 + head + 2 * _target_states(shape, values)
+
+
+def _target_states(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """Hidden states of all targets, or their gradient: H e each."""
+    targets = int(values["dataset.target_tokens"]) * int(values["training.micro_batch"])
+    return float(targets * shape.hidden * element_bytes(values))
 
 
 def workspace_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:

@@ -20,6 +20,26 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
+def by_memory() -> tuple[str, ...]:
+    """The presets' names: those without GPU, then by GPU memory and speed."""
+    return tuple(sorted(names(), key=lambda name: (*_size(_read(FOLDER / f"{name}.yaml")), name)))
+
+
+def nearest_gpu(vram_gib: float, gpu_name: str = "") -> str:
+    """The preset with a GPU of that name, else the one nearest in memory; of equals the slowest."""
+    found = {name: _read(FOLDER / f"{name}.yaml") for name in names()}
+    cards = {name: data for name, data in found.items() if data.get("gpu")}
+    return min(cards, key=lambda name: (cards[name]["gpu"].get("name") != gpu_name,
+                                        abs(_size(cards[name])[0] - vram_gib), _size(cards[name])[1]))
+
+
+def _size(data: dict[str, Any]) -> tuple[float, float]:
+    """GiB of one GPU and its TFLOP/s in 16 bit; 0 without one."""
+    gpu = data.get("gpu") or {}
+    return float(gpu.get("total_gib", 0)), float(gpu.get("matmul_bf16_tflops")
+                                                 or gpu.get("matmul_fp16_tflops") or 0)
+
+
 def load(name_or_path: str, vram_gib: float | None = None, ram_gib: float | None = None,
          disk_gib: float | None = None) -> dict[str, Any]:
     """A preset's mapping, as hardware.presets.from_preset reads it, with `--vram`, `--ram`, `--disk` put in.

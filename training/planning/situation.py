@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from training import models
+from training import models, weights
 from training.errors import EliteError, UsageError
 from training.planning import streaming
 from training.planning.memory import CUDA_RUNTIME_BYTES
 from training.planning.tiers import Tier, tier_of
 from training.planning.timing import TOKENS_PER_BYTE
-from training.records import BaseModel, HardwareProfile, RepositoryFacts, Request
+from training.planning.tuning import cards
+from training.records import BaseModel, Gpu, HardwareProfile, RepositoryFacts, Request
 from training.settings import BY_NAME, problems_in
 
 DEFAULT_HOURS = 48.0
@@ -72,16 +75,33 @@ class Situation:
         return float(self.user.get("model.rope_factor", 0.0))
 
     @property
-    def device_bytes(self) -> int:
-        """Device memory a plan may use: what was measured as allocatable (or is free), less headroom."""
+    def gpus_used(self) -> tuple[Gpu, ...]:
+        """The GPUs that run a process each."""
+        return cards.chosen(self.profile, self.user)[0]
+
+    @functools.cached_property
+    def device_total_bytes(self) -> int:
+        """Device memory as measured: allocatable (or free), of the smallest of several GPUs; no headroom."""
         if self.device == "cpu":
-            return int((1 - HEADROOM["cpu"]) * self.profile.ram_available_bytes)
+            return self.profile.ram_available_bytes
         # The probe that measured `allocatable_bytes` held a CUDA context itself, which the terms count again.
         rooms: list[float] = []
-        for gpu in self.profile.gpus:
+        for gpu in self.gpus_used:
             measured = self.profile.rate(f"gpu{gpu.index}.allocatable_bytes")
             rooms.append(measured + CUDA_RUNTIME_BYTES if measured else gpu.free_bytes)
-        return int((1 - HEADROOM["cuda"]) * min(rooms, default=0))
+        return int(min(rooms, default=0))
+
+    @functools.cached_property
+    def device_bytes(self) -> int:
+        """Device memory a plan may use: `device_total_bytes` less headroom."""
+        return int((1 - HEADROOM["cpu" if self.device == "cpu" else "cuda"]) * self.device_total_bytes)
+
+    @functools.cached_property
+    def download_bytes(self) -> int:
+        """16-bit weights still to be fetched; 0 for local folders, cached models and the embedded one."""
+        local = self.embedded or os.path.isabs(self.base.location)
+        return 0 if local or weights.cached_folder(self.base.location) else (
+            2 * self.base.shape.total_parameters)
 
     @property
     def host_bytes(self) -> int:
@@ -90,8 +110,7 @@ class Situation:
 
     def works(self, name: str) -> tuple[bool, str]:
         """Whether an optimization works here, and why not. What was not examined is taken to work."""
-        support = self.profile.supports.get(name)
-        return (support.works, support.why) if support else (True, "not examined")
+        return cards.supported(self.profile, name)
 
 
 def build(request: Request, profile: HardwareProfile, base: BaseModel, facts: RepositoryFacts,
@@ -203,4 +222,4 @@ def _device_problems(situation: Situation) -> list[EliteError]:
     count = situation.user.get("device.count", 1)
     if situation.device == "cuda" and count > len(profile.gpus):
         return [UsageError(f"device.count is {count} and {len(profile.gpus)} GPUs were found.")]
-    return []
+    return [UsageError(text) for text in cards.problems(profile, situation.user)]

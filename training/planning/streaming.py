@@ -11,7 +11,7 @@ from typing import Any
 from training.longcontext.costs import SLAB_BYTES, Costs, costs, weight_bytes
 from training.longcontext.geometry import Geometry
 from training.longcontext.policy import StreamPolicy
-from training.planning import memory
+from training.planning import activations, memory
 from training.records import BaseModel, Memory, ModelShape
 from training.settings import BY_NAME
 from training.shapes import family_of, frozen_bytes
@@ -67,8 +67,7 @@ def policy_of(values: Mapping[str, Any]) -> StreamPolicy:
 def geometry(shape: ModelShape, values: Mapping[str, Any]) -> Geometry:
     """A model's sizes as the streamed step's formulas want them.
 
-    Sliding windows are taken as full attention: ModelShape does not hold them. Fully trained weights without
-    ZeRO are fp32, and so are the hidden states that leave their embedding.
+    Fully trained weights without ZeRO are fp32, and so are the hidden states that leave their embedding.
 
     >>> from training.shapes import shape_from_config
     >>> llama = shape_from_config({"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4,
@@ -79,7 +78,8 @@ def geometry(shape: ModelShape, values: Mapping[str, Any]) -> Geometry:
     """
     lora, family = bool(values["lora.enabled"]), family_of(shape)
     e = memory.element_bytes(values) if lora or values["deepspeed.stage"] else 4
-    kept, inner = memory.layer_bytes_per_token(shape, values), memory.inner_bytes_per_token(shape, values)
+    kept = activations.layer_bytes_per_token(shape, values)
+    inner = activations.inner_bytes_per_token(shape, values)
     idle = ("embeddings", "head", "positions", "norms", "biases")
     others = sum(shape.parameters.get(name, 0) for name in idle)
     return Geometry(
@@ -89,7 +89,7 @@ def geometry(shape: ModelShape, values: Mapping[str, Any]) -> Geometry:
         key_weights=_weights(shape, family.qkv), mlp_weights=_weights(shape, family.mlp),
         kept=kept - inner, kept_inner=inner, trained=not lora,
         adapter=memory.trainable_parameters(shape, values) // shape.layers if lora else 0,
-        layer_bytes=_layer_bytes(shape, values) if lora else 0)
+        layer_bytes=_layer_bytes(shape, values) if lora else 0, windows=shape.windows)
 
 
 def _weights(shape: ModelShape, names: tuple[str, ...]) -> int:
@@ -128,8 +128,7 @@ def estimate(base: BaseModel, values: Mapping[str, Any], dataset_tokens: int = 0
 
 def _outer(shape: ModelShape, values: Mapping[str, Any]) -> dict[str, float]:
     """What does not depend on the policy: weights, adapter, gradients, optimizer, workspace, runtime."""
-    return {name: size for name, size in memory.device_terms(shape, values).items()
-            if name not in ("activations", "logits", "fragmentation")}
+    return {**memory.outer_terms(shape, values), "gradients": memory.gradient_bytes(shape, values)}
 
 
 def outer_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:

@@ -40,9 +40,16 @@ class Tier:
         return self.context_tokens // BASELINE_TOKENS
 
 
+def load(path: Path | None = None) -> tuple[Tier, ...]:
+    """The table, ascending; the shipped one unless another is named.
+
+    Raises UsageError or Problems naming every wrong row.
+    """
+    return _load(path or TABLE)
+
+
 @functools.cache
-def load(path: Path = TABLE) -> tuple[Tier, ...]:
-    """The table, ascending. Raises UsageError or Problems naming every wrong row."""
+def _load(path: Path) -> tuple[Tier, ...]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -86,23 +86,39 @@ def window_flops(shape: ModelShape, values: Mapping[str, Any]) -> Flops:
 
 def rates(values: Mapping[str, Any], profile: HardwareProfile) -> tuple[float, float, str]:
     """FLOP/s a step reaches in linear layers and in attention, and where they come from; (0, 0, why) if
-    unmeasured."""
-    kind = str(values["device.kind"])
-    if kind == "cpu":
-        if (trained := profile.rate("cpu.train_fp32")) and values["model.quantization"] == "none":
-            return trained, trained, f"{trained / 1e9:,.0f} GFLOP/s, a measured training step"
+    unmeasured. Where attention was not measured it is taken as fast as the linear layers."""
+    linear, why = _linear_rate(values, profile)
+    name = _first_device(values)
+    forward, backward = profile.rate(f"{name}.attention_forward"), profile.rate(f"{name}.attention_backward")
+    if not linear or not forward or not backward:
+        return linear, linear, why
+    return linear, 3.5 / (1 / forward + 2.5 / backward), why
+
+
+def _first_device(values: Mapping[str, Any]) -> str:
+    """The prefix of its figures: `cpu`, or that of the first GPU in use."""
+    if values["device.kind"] == "cpu":
+        return "cpu"
+    used = str(values.get("device.gpus", "")).split(",")
+    return f"gpu{used[0] or 0}"
+
+
+def _linear_rate(values: Mapping[str, Any], profile: HardwareProfile) -> tuple[float, str]:
+    """FLOP/s of linear layers: those of a measured training step or NF4 layer, else a share of matmul's."""
+    nf4 = values["model.quantization"] == "nf4"
+    if values["device.kind"] == "cpu":
+        for name, what, fits in (("cpu.nf4_linear", "measured NF4 layers", nf4),
+                                 ("cpu.train_fp32", "a measured training step", not nf4)):
+            if fits and (found := profile.rate(name)):
+                return found, f"{found / 1e9:,.0f} GFLOP/s, {what}"
         matmul = profile.rate("cpu.matmul_fp32") or 0.0
-        share = NF4_CPU_EFFICIENCY if values["model.quantization"] == "nf4" else EFFICIENCY["cpu"]
-        return share * matmul, share * matmul, f"{share:g} of the measured {matmul / 1e9:,.0f} GFLOP/s matmul"
-    name = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(values["model.dtype"])]
-    matmul = profile.rate(f"gpu0.matmul_{name}") or profile.rate("gpu0.matmul_fp16") or 0.0
-    linear = EFFICIENCY["cuda"] * matmul
-    forward, backward = profile.rate("gpu0.attention_forward"), profile.rate("gpu0.attention_backward")
-    if forward and backward:
-        attention = 3.5 / (1 / forward + 2.5 / backward)
-        return linear, attention, f"half of the measured {matmul / 1e12:,.0f} TFLOP/s"
+        share = NF4_CPU_EFFICIENCY if nf4 else EFFICIENCY["cpu"]
+        return share * matmul, f"{share:g} of the measured {matmul / 1e9:,.0f} GFLOP/s matmul"
+    device = _first_device(values)
+    kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(values["model.dtype"])]
+    matmul = profile.rate(f"{device}.matmul_{kind}") or profile.rate(f"{device}.matmul_fp16") or 0.0
     source = "the preset's" if profile.source == "preset" else "the measured"
-    return linear, linear, f"half of {source} {matmul / 1e12:,.0f} TFLOP/s"
+    return EFFICIENCY["cuda"] * matmul, f"half of {source} {matmul / 1e12:,.0f} TFLOP/s"
 
 
 def window_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile) -> float:
@@ -125,9 +141,10 @@ def stream_rates(values: Mapping[str, Any], profile: HardwareProfile, overlapped
         memory = profile.rate("cpu.memory_bandwidth") or MEMORY_BYTES_PER_S["cpu"]
         up = down = memory
     else:
-        memory = profile.rate("gpu0.memory_bandwidth") or MEMORY_BYTES_PER_S["cuda"]
+        device = _first_device(values)
+        memory = profile.rate(f"{device}.memory_bandwidth") or MEMORY_BYTES_PER_S["cuda"]
         kind = "pinned" if overlapped else "pageable"
-        up, down = (profile.rate(f"gpu0.{way}_{kind}") or HOST_BYTES_PER_S[kind] for way in ("h2d", "d2h"))
+        up, down = (profile.rate(f"{device}.{way}_{kind}") or HOST_BYTES_PER_S[kind] for way in ("h2d", "d2h"))
     return Rates(linear=linear, attention=attention, up=up, down=down, memory=memory,
                        disk_write=profile.rate("disk.write") or DISK_BYTES_PER_S,
                        disk_read=profile.rate("disk.read") or DISK_BYTES_PER_S)

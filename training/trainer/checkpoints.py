@@ -36,7 +36,7 @@ READ_BYTES = 1 << 20
 
 # Keys whose change leaves the course of the training as it was. Those of BATCH may change while their
 # product stays: an update is the mean over all target tokens of its windows, however they are dealt out.
-HARMLESS = ("run.name", "model.attention", "dataset.repo", "training.checkpointing",
+HARMLESS = ("run.name", "model.attention", "dataset.repo", "training.checkpointing", "training.trial",
             "training.keep_checkpoints", "training.save_steps", "training.eval_steps",
             "training.loss_chunk_tokens", "deepspeed.", "device.", "evaluation.",
             *(f"stream.{name}" for name in (  # all but the encoding, which may be lossy

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from training.trainer import optimizers
+from training.trainer.device import Defragmenter
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class PlainEngine:
         self._trainable = trainable
         self._clip_norm = config["training.clip_norm"]
         self._optimizer = optimizers.build(trainable, config)
+        self._defragmenter = Defragmenter(config, device)
         scaled = config["model.dtype"] == "float16"
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.patience = FLOAT16_PATIENCE if scaled else PATIENCE
@@ -126,6 +128,7 @@ class PlainEngine:
         elif finite:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._defragmenter.after_update()
         return norm if finite else None
 
     def on_model(self, work: Callable[[Module], Returned]) -> Returned | None:

@@ -119,9 +119,10 @@ class Training:
         for index, batch in enumerate(batches):
             if asked := self._stop_asked():
                 return asked
-            loss = self._loss(batch)
+            loss = self.loss(batch)
             engine.backward(loss / targets, last=index == len(batches) - 1)
             summed += loss.detach()
+            del loss  # its graph keeps what bitsandbytes holds outside of saved tensors
         mean = engine.total(float(summed)) / targets
         rate = self._rate(step)
         norm = engine.step(rate)  # skips by itself: a loss that is not finite has a gradient that is not
@@ -130,7 +131,8 @@ class Training:
         self._record(mean, norm, rate, targets, time.monotonic() - start)
         return ""
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
+        """A micro-batch's summed loss on the device, ready for `engine.backward`."""
         chunk = self.config["training.loss_chunk_tokens"]
 
         def work(model: Any, ids: Tensor, labels: Tensor) -> Tensor:

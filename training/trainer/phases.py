@@ -18,6 +18,7 @@ with quick_imports():
 
     from training.dataset.store import WindowStore
     from training.trainer import checkpoints, evaluation, export, pacing
+    from training.trainer import device as device_settings
     from training.trainer.engine import Captured, Engine, PlainEngine
     from training.trainer.journal import Journal
     from training.trainer.loading import LoadedModel, load
@@ -50,13 +51,7 @@ def _run(session: Session) -> None:
     store = WindowStore.open(session.run.dataset)
     identity = checkpoints.identity(session.config, store.digest)
     session.tell("load")("opening the dataset")
-    if session.config["deepspeed.stage"]:
-        from training.trainer.zero import start_processes
-
-        session.rank, session.ranks = start_processes(device, session.tell("load"))
-    loaded, training, first = _load(session, store, identity, device)
-    session.training = training
-    session.mark("load")
+    loaded, training, first = prepare(session, store, identity, device)
     training.evaluate = lambda step: _evaluate(session, loaded, step, "train")
     if first is None:
         session.facts["before"] = _evaluate(session, loaded, 0, "evaluate_before")
@@ -64,7 +59,7 @@ def _run(session: Session) -> None:
     try:
         training.train()
     finally:
-        session.facts["measured_bytes"] = measured_bytes(device)
+        session.facts["measured_bytes"] = measured_bytes(device, session.config["device.pool_share"] > 0)
     session.mark("train")
     if first is not None:
         with _weights(first, loaded):
@@ -79,18 +74,32 @@ def _run(session: Session) -> None:
              ", ".join(f"{name} {seconds:.1f}" for name, seconds in session.marks.items()))
 
 
+def prepare(session: Session, store: WindowStore, identity: dict[str, Any], device: torch.device
+            ) -> tuple[LoadedModel, Training, dict[str, Tensor] | None]:
+    """Join the other ranks and load the model: (model, training, untrained weights or None)."""
+    if session.config["deepspeed.stage"]:
+        from training.trainer.zero import start_processes
+
+        session.rank, session.ranks = start_processes(device, session.tell("load"))
+    loaded, session.training, first = _load(session, store, identity, device)
+    session.mark("load")
+    return loaded, session.training, first
+
+
 def choose_device(session: Session) -> torch.device:
     """This rank's device, with the CPU threads it may use."""
     config = session.config
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config["device.threads"] or max(1, cores // session.ranks))
     if config["device.kind"] == "cpu":
+        device_settings.apply(config, torch.device("cpu"))
         return torch.device("cpu")
     if torch.cuda.device_count() <= session.local_rank:
         raise MissingInput(f"device.kind is cuda and this machine has {torch.cuda.device_count()} GPUs for "
                            f"process {session.local_rank + 1}; set device.kind=cpu or lower device.count.")
     device = torch.device("cuda", session.local_rank)
     torch.cuda.set_device(device)
+    device_settings.apply(config, device)
     return device
 
 
@@ -110,6 +119,8 @@ def _load(session: Session, store: WindowStore, identity: dict[str, Any],
         checkpoints.put_weights(captured.weights, loaded.trainable)
     if session.config["stream.chunk_tokens"]:
         _check_streaming(session, loaded, device)
+    if not session.trial:
+        _begin(session, loaded, device)
     engine = _engine(session, loaded, device)
     if captured:
         engine.restore(captured)
@@ -178,6 +189,14 @@ def _engine(session: Session, loaded: LoadedModel, device: torch.device) -> Engi
 
     return ZeroEngine(loaded.model, loaded.trainable, config, device,
                       ds_config=session.run.deepspeed, tell=session.tell("compile_ops"))
+
+
+def _begin(session: Session, loaded: LoadedModel, device: torch.device) -> None:
+    """Warm-up and memory pool, before an engine has the model."""
+    planned = session.plan.memory.device_bytes if session.plan else 0
+    with session.watch.at_once():
+        for line in device_settings.begin(session.config, loaded.model, loaded.trainable, device, planned):
+            log.info("%s", line)
 
 
 def _check_streaming(session: Session, loaded: LoadedModel, device: torch.device) -> None:

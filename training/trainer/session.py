@@ -54,6 +54,7 @@ class Session:
     marks: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     lock_file: IO[str] | None = None
+    trial: bool = False
 
     def __post_init__(self) -> None:
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,9 +90,12 @@ class Session:
             self.lock_file.close()
 
 
-def run_session(run_path: Path, local_rank: int, start: float) -> int:
-    """Train, or go on training, what a run directory describes; the exit code. Rank 0 writes result.json."""
-    session = Session(run=RunDirectory(run_path), local_rank=local_rank, start=start)
+def run_session(run_path: Path, local_rank: int, start: float, trial: bool = False) -> int:
+    """Train, or go on training, what a run directory describes; the exit code. Rank 0 writes result.json.
+
+    `trial`: a few steps on random tokens instead, written to trial.json.
+    """
+    session = Session(run=RunDirectory(run_path), local_rank=local_rank, start=start, trial=trial)
     try:
         return _guarded(session)
     finally:
@@ -128,6 +132,11 @@ def _run(session: Session) -> int:
     if session.rank == 0:
         session.run.result.unlink(missing_ok=True)
     session.watch.check()
+    if session.trial:
+        from training.trainer.trial import run
+
+        run(session)
+        return 0
     from training.trainer import phases
 
     phases.run(session)

@@ -28,6 +28,7 @@ from torch.nn import Module, Parameter
 from training.errors import EliteError, Problems, UsageError
 from training.rundir import read_data
 from training.trainer import optimizers
+from training.trainer.device import Defragmenter
 from training.trainer.engine import FLOAT16_PATIENCE, PATIENCE, Captured, Gather, Returned
 from training.trainer.ops import prepare_cpu_adam
 from training.trainer.partitions import Partitions
@@ -100,6 +101,7 @@ class ZeroEngine:
                                                 config=read_data(ds_config))
         self._zero = self._engine.optimizer
         self._partitions: Partitions | None = None
+        self._defragmenter = Defragmenter(config, device)
         self._engine.train()
 
     def _optimizer(self, config: Mapping[str, Any], tell: Callable[[str], None]) -> torch.optim.Optimizer:
@@ -127,6 +129,7 @@ class ZeroEngine:
         """One update; DeepSpeed clips and skips it when the norm is not finite."""
         optimizers.set_rate(self._zero, rate)
         self._engine.step()
+        self._defragmenter.after_update()
         if not self._engine.was_step_applied():
             return None
         return float(self._engine.get_global_grad_norm())
