@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -51,16 +53,15 @@ class Combination:
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What one combination held: bytes before an update (weights, adapter, optimizer), at its peak; the sizes
-    of what was alive at the peak; seconds of each repeat."""
+    of what was alive at the peak."""
 
     shape: ModelShape
     resting_bytes: int
     peak_bytes: int
     alive: Counter[int]
-    seconds: tuple[float, ...] = ()
 
 
-def measured(combination: Combination, repeats: int = 0) -> Step:
+def measured(combination: Combination) -> Step:
     """Load, take one update to warm up, and measure the next one."""
     with tempfile.TemporaryDirectory() as folder:
         shape = _write(combination, Path(folder))
@@ -71,13 +72,27 @@ def measured(combination: Combination, repeats: int = 0) -> Step:
         gc.collect()
         resting = run.resting()
         peak, alive = live_bytes(run)
-        seconds = tuple(_seconds(run) for _ in range(repeats))
-    return Step(shape=shape, resting_bytes=resting, peak_bytes=resting + peak, alive=alive, seconds=seconds)
+    return Step(shape=shape, resting_bytes=resting, peak_bytes=resting + peak, alive=alive)
+
+
+def timed(combination: Combination, lengths: tuple[int, ...],
+          repeats: int) -> tuple[ModelShape, list[list[float]]]:
+    """Seconds of updates at each length, in turns, after one that is left out; target tokens keep their
+    share."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape = _write(combination, Path(folder))
+        run = Update(Config({**combination.config, "model.base": folder}), Path(folder))
+        found: list[list[float]] = [[] for _ in lengths]
+        for _ in range(repeats):
+            for length, seconds in zip(lengths, found, strict=True):
+                run.at_length(length)
+                run()
+                # A short update is over before a neighbour's burst is, so it is taken more often.
+                seconds += [_seconds(run) for _ in range(max(1, min(4, lengths[-1] // length // 2)))]
+    return shape, found
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    import time
-
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -89,8 +104,6 @@ def _write(combination: Combination, folder: Path) -> ModelShape:
     config = AutoConfig.for_model(combination.family, **combination.sizes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    import json
-
     return shape_from_config(json.loads((folder / "config.json").read_text()))
 
 
@@ -104,10 +117,14 @@ class Update:
         self.engine = PlainEngine(self.loaded.model, self.loaded.trainable, config, device)
         self._folder = folder
         self.anew()
-        shape = (config["training.micro_batch"], config["dataset.context_tokens"])
-        self.ids = torch.randint(0, 64, shape)
+        self.at_length(config["dataset.context_tokens"])
+
+    def at_length(self, length: int) -> None:
+        """Windows of so many tokens, as many of them targets as in the configured window."""
+        targets = self.config["dataset.target_tokens"] * length // self.config["dataset.context_tokens"]
+        self.ids = torch.randint(0, 64, (self.config["training.micro_batch"], length))
         self.labels = self.ids.clone()
-        self.labels[:, :shape[1] - config["dataset.target_tokens"]] = -100
+        self.labels[:, :length - targets] = -100
 
     def anew(self) -> None:
         """A streamed step without the buffers that it keeps from update to update, which then count."""

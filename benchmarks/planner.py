@@ -1,11 +1,12 @@
 """The planner's predictions beside real steps on this CPU, and beside what other tools answer.
 
     python benchmarks/planner.py                   memory, then time; writes results/planner-<date>.json
-    python benchmarks/planner.py --memory [TEXT]   only memory, only combinations whose name contains TEXT
+    python benchmarks/planner.py --memory [TEXT]   only memory; TEXT: only names with it, unwritten
+    python benchmarks/planner.py --time [TEXT]     only time
 
 Memory: most bytes of tensors alive in one update (see measured_steps), predicted by the planner's terms
 without a trial. Time: a trial at two short lengths, as the command takes it, predicts the seconds of a step
-at four times the longer one. Times need a quiet machine; memory does not.
+at twice the longer one. Times need a quiet machine; memory does not.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch  # noqa: E402
 
 from benchmarks import planner_peers  # noqa: E402
-from benchmarks.measured_steps import Combination, measured, predicted  # noqa: E402
+from benchmarks.measured_steps import Combination, measured, predicted, timed  # noqa: E402
 from training.hardware import host  # noqa: E402
+from training.hardware.profiler import HardwareProfiler  # noqa: E402
+from training.planning import fitting  # noqa: E402
+from training.records import HardwareProfile  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 SIZES: dict[str, Any] = {
@@ -72,6 +76,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16, recomputed": {**HALF, **RECOMPUTED}, "bf16, full": {**HALF, **FULL},
     "bf16, NF4": {**HALF, **NF4},
 }
+# Sliding windows make masks, and families without fused attention hold scores: both grow with the square.
+EAGER = {"model.attention": "eager"}
+SQUARE: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("mistral", {"sliding_window": 256, "num_key_value_heads": 2}, {LENGTH: 2048}),
+    ("mistral", {"sliding_window": 256, "num_key_value_heads": 2}, {LENGTH: 4096, **RECOMPUTED}),
+    ("gemma3_text", {"sliding_window": 256, "head_dim": 64, "num_key_value_heads": 2}, {LENGTH: 2048}),
+    ("gptj", {"rotary_dim": 32}, EAGER), ("gemma2", {"head_dim": 64, "num_key_value_heads": 2}, EAGER))
 CHUNK = "stream.chunk_tokens"
 STREAMED: dict[str, dict[str, Any]] = {
     "chunk 256": {CHUNK: 256}, "chunk 1,024": {CHUNK: 1024}, "8,192 tokens": {CHUNK: 512, LENGTH: 8192},
@@ -91,6 +102,9 @@ def combinations() -> Iterator[tuple[str, Combination]]:
         yield family, Combination(family=family, sizes={**SIZES, **sizes}, values={LENGTH: 1024})
     for name, values in WAYS.items():
         yield f"llama, {name}", Combination(family="llama", sizes=SIZES, values={LENGTH: 1024, **values})
+    for family, sizes, values in SQUARE:
+        yield f"{family}, {', '.join(map(str, values.values()))}", Combination(
+            family=family, sizes={**SIZES, **STILL, **sizes}, values={LENGTH: 1024, **values})
     yield "llama, 32,000 words", Combination(family="llama", sizes={**SIZES, "vocab_size": 32_000},
                                              values={LENGTH: 1024})
     for name, values in STREAMED.items():
@@ -101,6 +115,38 @@ def combinations() -> Iterator[tuple[str, Combination]]:
     for family in ("phi", "qwen3", "gemma3_text"):
         yield f"{family} streamed", Combination(family=family, sizes={**SIZES, **FAMILIES[family]},
                                                 values={LENGTH: 2048, CHUNK: 512})
+
+
+# Ways whose step is timed, at a quarter, a half and the whole of the window, as a trial takes them.
+TIMED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {LENGTH: 2048}) for family in ("llama", "phi", "qwen3", "gpt2", "starcoder2")},
+    **{f"llama, {name}": ("llama", {LENGTH: 2048, **values}) for name, values in {
+        "recomputed": RECOMPUTED, "full": FULL, "full, recomputed": {**FULL, **RECOMPUTED}, "NF4": NF4,
+        "batch 2": {"training.micro_batch": 2}, "rank 64": {"lora.rank": 64}}.items()},
+    **{f"llama streamed, {name}": ("llama", {LENGTH: 4096, CHUNK: 256, **values}) for name, values in {
+        "recomputed": {}, "output kept": {"stream.attention": "keep"}, "full": FULL,
+        "tiled MLP": {"stream.mlp_tokens": 64}}.items()},
+    "phi streamed": ("phi", {LENGTH: 4096, CHUNK: 512}),
+}
+REPEATS = 5
+
+
+def time_row(name: str, profile: HardwareProfile) -> dict[str, Any]:
+    """Seconds of an update at the whole window, predicted from the two short lengths and measured."""
+    family, values = TIMED[name]
+    combination = Combination(family=family, sizes={**SIZES, **FAMILIES[family]}, values=values)
+    config, whole = combination.config, values[LENGTH]
+    lengths = (whole // 4, whole // 2, whole)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        shape, seconds = timed(combination, lengths, REPEATS)
+    medians = [statistics.median(each) for each in seconds]
+    parts = [fitting.parts_s(shape, fitting.at_length(
+        config, length, config["dataset.target_tokens"] * length // whole), profile) for length in lengths]
+    pace = fitting.pace(medians[:2], parts[:2])
+    predicted_s, untried_s = pace.at(parts[2]), sum(parts[2])
+    return {"name": name, "tokens": whole, "measured_s": medians[2], "predicted_s": predicted_s,
+            "off": predicted_s / medians[2] - 1, "untried_off": untried_s / medians[2] - 1,
+            "spread": fitting.spread(seconds[2]), "pace": pace.why, "short_s": medians[:2], "parts_s": parts}
 
 
 def memory_row(name: str, combination: Combination) -> dict[str, Any]:
@@ -139,29 +185,55 @@ def _tell(row: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def _memory(text: str) -> dict[str, Any]:
+    rows = []
+    for name, combination in combinations():
+        if text in name:
+            rows.append(memory_row(name, combination))
+            _tell(rows[-1])
+    peers = {name: [row["peers"][name] for row in rows if row["peers"][name] is not None]
+             for name in rows[0]["peers"]}
+    return {"rows": rows, "ours": summary([row["off"] for row in rows]),
+            "peers": {name: summary(offs) for name, offs in peers.items() if offs}}
+
+
+def _time(text: str) -> dict[str, Any]:
+    profile, rows = HardwareProfiler().profile(), []
+    for name in TIMED:
+        if text in name:
+            rows.append(time_row(name, profile))
+            row = rows[-1]
+            offs = "  ".join(f"{kind} {100 * row[key]:+.1f} %" for kind, key in (
+                ("off", "off"), ("untried", "untried_off"), ("spread", "spread")))
+            sys.stdout.write(f"{name:32} {row['measured_s']:8.3f} s {row['predicted_s']:8.3f}  {offs}  "
+                             f"{row['pace']}\n")
+            sys.stdout.flush()
+    return {"rows": rows, "ours": summary([row["off"] for row in rows]),
+            "untried": summary([row["untried_off"] for row in rows])}
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", nargs="?", const="", metavar="TEXT")
+    parser.add_argument("--time", nargs="?", const="", metavar="TEXT")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(host.fetch(None).cpu_cores)
-    rows = []
-    for name, combination in combinations():
-        if chosen.memory is None or chosen.memory in name:
-            rows.append(memory_row(name, combination))
-            _tell(rows[-1])
-    found = {"memory": {"rows": rows, "ours": summary([row["off"] for row in rows]),
-                        "peers": {name: summary(offs) for name in rows[0]["peers"] if (offs := [
-                            row["peers"][name] for row in rows if row["peers"][name] is not None])}}}
-    sys.stdout.write(json.dumps({k: v for k, v in found["memory"].items() if k != "rows"}, indent=1) + "\n")
-    if chosen.memory is None:
-        machine = host.fetch(None)
-        date = datetime.date.today().isoformat()
-        path = RESULTS / f"planner-{date}.json"
-        path.write_text(json.dumps({"date": date, "machine": machine.cpu_name, "cores": machine.cpu_cores,
-                                    "torch": torch.__version__, **found}, indent=1) + "\n")
+    machine, whole = host.fetch(None), chosen.memory is None and chosen.time is None
+    torch.set_num_threads(machine.cpu_cores)
+    date = datetime.date.today().isoformat()
+    path = RESULTS / f"planner-{date}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found |= {"date": date, "machine": machine.cpu_name, "cores": machine.cpu_cores,
+              "torch": torch.__version__}
+    for name, asked, act in (("memory", chosen.memory, _memory), ("time", chosen.time, _time)):
+        if whole or asked is not None:
+            made = act(asked or "")
+            summed = {key: value for key, value in made.items() if key != "rows"}
+            sys.stdout.write(json.dumps(summed, indent=1) + "\n")
+            found[name] = made if not asked else found.get(name)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import components
 import pytest
 
 from training.errors import DataError
-from training.families import FAMILIES
+from training.families import FAMILIES, UNFUSED
 from training.shapes import lora_parameters, shape_from_config
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -228,3 +228,11 @@ def test_a_shape_takes_less_than_a_millisecond():
 def test_shapes_import_no_torch():
     code = "import sys, training.shapes; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_families_without_fused_attention_are_those_of_transformers():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    found = {name for name in FAMILIES
+             if not MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]._supports_sdpa}
+    assert found == UNFUSED

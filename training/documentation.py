@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training import configuration, models, stream_tables
+from training import configuration, models, planner_tables, stream_tables
 from training.hardware.profiler import from_preset
 from training.ledger import NOTICEABLE, catalogue
 from training.planning import outlook, policies, presets, tables
@@ -214,7 +214,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration.reference, "models.md": models_page,
-                                       "tiers.md": tiers_page, "optimizations.md": optimizations_page}
+                                       "tiers.md": tiers_page, "optimizations.md": optimizations_page,
+                                       "planning.md": planner_tables.page}
 
 
 def main() -> None:

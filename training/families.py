@@ -156,6 +156,10 @@ _SINKS = (("attention", "heads"),)
 _LATENT = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
            "v_head_dim": 128}
 
+# transformers 5.23 offers these no fused attention (SDPA): their plain step holds every score.
+UNFUSED = frozenset({"bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "granite_swa",
+                     "granitemoe_swa", "mpt", "openai-gpt", "vaultgemma", "xglm"})
+
 UNLISTED = _like(_LLAMA, experts=Experts(layers="step", shared="n_shared_experts"), window=None)
 
 FAMILIES: dict[str, Family] = {

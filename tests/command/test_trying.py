@@ -42,7 +42,7 @@ def test_the_plan_holds_the_trial_and_its_figures(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("speed", "micro", "says"), [
-    ("0.5", 4, "8 does not fit"), ("1.2", 1, "2 makes 0.87 times its tokens/s")])
+    ("0.5", 4, "8 would take 32.00"), ("1.2", 1, "2 makes 0.87 times its tokens/s")])
 def test_on_a_gpu_the_micro_batch_is_what_real_steps_find(tmp_path, monkeypatch, speed, micro, says):
     monkeypatch.setenv("FAKE_SPEED", speed)
     monkeypatch.setenv("FAKE_PEAK", "20")

@@ -18,8 +18,8 @@ def step(context: int, **changes) -> dict:
     micro = int(re.search(r"micro_batch: (\d+)", (RUN / "config.yaml").read_text())[1])
     each_s = 0.5 * micro ** SPEED
     return {"context_tokens": context, "target_tokens": context, "micro_batch": micro,
-            "seconds": [each_s, each_s], "update_s": 0.1, "peak_bytes": micro * context << PEAK, "live_bytes": None, "loss": 6.0, "error": "",
-            **changes}
+            "seconds": [each_s, each_s], "update_s": 0.1, "peak_bytes": micro * context << PEAK,
+            "live_bytes": None, "loss": 6.0, "error": "", **changes}
 
 
 def found(steps: list, **changes) -> None:

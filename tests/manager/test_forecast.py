@@ -27,6 +27,19 @@ class Expecting:
         return Range(low=1.0, expected=float(len(points)), high=9.0, source="measured")
 
 
+def test_the_tokens_of_an_epoch_come_from_the_rows_own_epochs(tmp_path):
+    asked = []
+
+    def expecting(points, tokens, epoch_tokens):
+        asked.append(epoch_tokens)
+
+    found = LossForecast(tmp_path, expecting, lambda: 0.0)
+    found.add([{"step": 1, "tokens": 100, "loss": 9.0, "epoch": 0.0}])
+    found.add([{"step": 2, "tokens": 100, "loss": 8.0, "epoch": 0.25}])
+    assert found.text(8) == ""
+    assert asked == [400.0]
+
+
 def test_it_is_refitted_every_few_seconds_only(tmp_path):
     now, expecting = [0.0], Expecting()
     found = LossForecast(tmp_path, expecting, lambda: now[0])

@@ -92,3 +92,11 @@ def test_epochs_are_recommended_until_one_gains_less_than_a_hundredth():
     assert convergence.recommended_epochs(decay, 1000 * tokens)[0] == 1
     assert convergence.recommended_epochs(decay, tokens / 20, most=3) == (
         3, "each of 3 epochs still lowers the loss by 1% or more")
+
+
+def test_what_is_expected_at_the_end_says_how_many_epochs_are_worth_it():
+    points = [(1000.0 * n, 2.0 + 3.0 * math.exp(-n / 20)) for n in range(1, 60)]
+    found = convergence.at_end(points, 100_000.0, epoch_tokens=30_000.0)
+    epochs, why = convergence.recommended_epochs(convergence.fit(points), 30_000.0)
+    assert found.why.endswith(f"; {epochs} epochs recommended: {why}")
+    assert "epoch" not in convergence.at_end(points, 100_000.0).why

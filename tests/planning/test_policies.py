@@ -1,12 +1,14 @@
 """The streamed step in plans: when it is taken, which policy, what is refused, and what it costs."""
 
+import dataclasses
+
 import pytest
 from test_calculator import LARGE, profile, value
 
 from training import models
 from training.errors import CannotWrite, DoesNotFit, UsageError
 from training.planning import OptimalConfigCalculator, policies, streaming
-from training.records import GIB, Request
+from training.records import GIB, Figure, Request
 from training.settings import KEYS
 
 STREAM = [key.name for key in KEYS if key.name.startswith("stream.")]
@@ -134,6 +136,15 @@ def test_pinned_memory_stays_within_half_of_the_host():
                 settings={"stream.inputs": "pinned"})
     assert made.memory.host_bytes - 4 * GIB < 32 * GIB
     assert value(made, "stream.keep_every") > 1
+
+
+def test_what_the_machine_could_pin_is_a_limit_too():
+    machine = profile(24, ram_gib=256, disk_gib=4000)
+    figure = Figure(value=4.0 * GIB, unit="bytes", method="pinned until refused")
+    limited = dataclasses.replace(machine, figures={**machine.figures, "host.pinned_limit": figure})
+    found = [value(plan(each, "qwen2.5-coder-7b", tier=7), "stream.inputs") for each in (machine, limited)]
+    assert found[0] == "pinned"
+    assert found[1] != "pinned"
 
 
 @pytest.mark.parametrize(("settings", "message"), [

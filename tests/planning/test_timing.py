@@ -85,6 +85,21 @@ def test_attention_has_its_own_rate_where_it_was_measured():
     assert attention == pytest.approx(3.5 / (1 / 7e13 + 2.5 / 3.5e13))
 
 
+def test_a_cpus_attention_and_nf4_layers_have_rates_of_their_own():
+    rates = {"cpu__train_fp32": 3e10, "cpu__nf4_linear": 2e10, "cpu__attention_forward": 4e10,
+             "cpu__attention_backward": 2e10}
+    linear, attention, _ = timing.rates(VALUES, profile(**rates))
+    assert (linear, attention) == (3e10, pytest.approx(3.5 / (1 / 4e10 + 2.5 / 2e10)))
+    linear, _, why = timing.rates({**VALUES, "model.quantization": "nf4"}, profile(**rates))
+    assert (linear, why) == (2e10, "20 GFLOP/s, measured NF4 layers")
+
+
+def test_where_the_first_gpu_is_left_out_the_next_ones_rates_count():
+    gpu = {**VALUES, "device.kind": "cuda", "model.dtype": "bfloat16", "device.gpus": "1,2"}
+    linear, _, _ = timing.rates(gpu, profile(gpu0__matmul_bf16=1e13, gpu1__matmul_bf16=1e14))
+    assert linear == 5e13
+
+
 def test_without_any_rate_the_time_is_unknown():
     assert timing.window_s(SHAPE, VALUES, profile()) == math.inf
 

@@ -23,6 +23,7 @@ WIDTHS = ("H", "A", "K", "I", "N", "1")
 # frozen base with fp32 adapters, in fp32 or 16 bits.
 MODES = ("full32", "full16", "autocast16", "lora32", "lora16")
 UNLISTED = "llama"
+CAPPED = frozenset({"gemma2", "vaultgemma"})     # cap the scores by a tanh
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -84,12 +85,42 @@ def layer_bytes_per_token(shape: ModelShape, values: Mapping[str, Any]) -> float
     >>> layer_bytes_per_token(small, full)      # (6 x 256 + 4 x 256 + 4 x 704) x 4, 4 heads x 4, 8
     21528.0
     """
-    kept = _bytes(shape, row_of(shape, values, "kept"))
+    kept = _bytes(shape, row_of(shape, values, "kept")) + _score_bytes(shape, values)
     if not values["lora.enabled"]:
         return kept
     targets = adapted(shape, values)
     ranks = 4.0 * int(values["lora.rank"]) * sum(x.count for x in targets) / shape.layers
     return kept + ranks - _copies(shape, list(shape.linears), values) + _copies(shape, targets, values)
+
+
+def _score_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """What grows with the square of the window, a token's share in one layer.
+
+    Without a fused kernel: for each head and key the softmax's output in fp32, in 16 bits its cast too, and
+    of capped scores the tanh. With one, in layers of a sliding window shorter than the sequence: the mask in
+    the compute type, and keys and values once for each query head, since a mask switches grouping off.
+    """
+    if values.get("stream.chunk_tokens"):
+        return 0.0
+    length, e = int(values["dataset.context_tokens"]), DTYPE_BYTES[str(values["model.dtype"])]
+    if values.get("model.attention") == "eager":
+        return float(shape.heads * length * ((4 if e == 4 else 6) + e * (shape.family in CAPPED)))
+    share = _windowed_share(shape, length)
+    return share * (length * e + 2 * (shape.heads - shape.kv_heads) * shape.head_dim * e)
+
+
+def _windowed_share(shape: ModelShape, length: int) -> float:
+    """Share of the layers whose sliding window is shorter than the sequence."""
+    return sum(0 < window < length for window in shape.windows) / shape.layers
+
+
+def _square_work(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """Beside what layers keep, a token's share of the mask itself, and without a fused kernel of the
+    gradient of one layer's scores."""
+    length, e = int(values["dataset.context_tokens"]), DTYPE_BYTES[str(values["model.dtype"])]
+    if values.get("model.attention") == "eager":
+        return float(length * (4 * shape.heads + e))
+    return float(length) if _windowed_share(shape, length) else 0.0
 
 
 def inner_bytes_per_token(shape: ModelShape, values: Mapping[str, Any]) -> float:
@@ -131,6 +162,7 @@ def moments(shape: ModelShape, values: Mapping[str, Any]) -> dict[str, tuple[flo
     work = {name: _bytes(shape, _without_constant(row_of(shape, values, name))) + rotary
             for name in ("mlp", "norm")}
     work["loss"] = rotary + shape.hidden * _final_bytes(values)
+    work = {name: each + _square_work(shape, values) for name, each in work.items()}
     work["first"] = work["mlp"]
     shared = state if state == 4 * shape.hidden else 0
     if values["training.checkpointing"]:

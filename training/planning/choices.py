@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from training.families import UNFUSED
 from training.longcontext.policy import StreamPolicy
 from training.planning.situation import Situation
 from training.planning.streaming import stream_choices
@@ -147,6 +148,15 @@ def _precision(chooser: Chooser, situation: Situation) -> None:
         quantization, source, reason = "none", "measured", f"4-bit layers do not work here: {why}"
     chooser.put("model.quantization", quantization, source, reason)
     chooser.put("model.double_quant", True, "derived", "0.37 bits a weight less (arXiv:2305.14314)")
+    _kernel(chooser, situation)
+
+
+def _kernel(chooser: Chooser, situation: Situation) -> None:
+    family = situation.base.shape.family
+    if family in UNFUSED:
+        chooser.put("model.attention", "eager", "derived",
+                    f"transformers offers {family} no fused kernel; the streamed step brings its own")
+        return
     flash, why_not = situation.works("flash_attention_2")
     use_flash = (chooser["device.kind"] == "cuda" and flash and chooser["model.dtype"] != "float32"
                  and "flash_attention_2" in situation.profile.supports)

@@ -176,7 +176,7 @@ def _thinned(data: Floats) -> Floats:
 
 def at_end(points: Sequence[tuple[float, float]], tokens: float, epoch_tokens: float = 0.0) -> Range | None:
     """The loss expected when `tokens` are trained on, from the curve so far; None while too few points are
-    there. `epoch_tokens`: target tokens of an epoch, for the epochs that the curve recommends (0: unknown)."""
+    there. `epoch_tokens`: target tokens of an epoch (0: unknown), for the epochs that are recommended."""
     decay = fit(points)
     if decay is None:
         return None

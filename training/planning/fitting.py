@@ -21,7 +21,7 @@ from training.records import BaseModel, HardwareProfile, Memory, ModelShape, Tri
 FIXED = ("weights", "adapter", "gradients", "optimizer", "runtime")
 LEAST_GROWTH_BYTES = 16 << 20    # two peaks closer than this are not told apart from the allocator's steps
 SLOPES = (0.3, 3.0)              # beyond these the formulas are not of the policy that ran
-LEAST_SHARE = 0.1                # of a micro-batch's formula time, for attention's rate to be fitted apart
+LEAST_SHARE = 0.3                # of a micro-batch's formula time, for attention's rate to be fitted apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,23 +104,24 @@ def memory_line(steps: Sequence[TrialStep], moving: Sequence[float], constant_by
 def pace(seconds: Sequence[float], parts: Sequence[tuple[float, float]]) -> Pace:
     """Weights of the formulas' seconds that give the measured ones.
 
-    With three lengths a constant and two rates, with two lengths two rates, by least squares of the relative
-    error; none negative. Where attention is a small share of the longest length it shares its factor with
-    the linear layers, and where nothing else holds one factor serves all.
+    A constant and one factor, or with three lengths and a large share of attention a constant and two; by
+    least squares of the relative error, none negative. The constant is what does not grow with the window:
+    launches, Python, unpacking NF4. Where nothing else holds one factor serves all.
 
-    >>> found = pace([1.5, 4.0], [(1.0, 0.25), (2.0, 1.0)])
-    >>> round(found.linear, 6), round(found.attention, 6)
-    (1.0, 2.0)
+    >>> found = pace([1.5, 4.0], [(1.0, 0.25), (2.0, 1.75)])
+    >>> round(found.fixed_s, 6), round(found.linear, 6), round(found.attention, 6)
+    (0.25, 1.0, 1.0)
     """
     measured, known = np.array(seconds, dtype=float), np.array(parts, dtype=float)
     if not len(measured) or not known.sum(axis=1).all():
         return Pace(fixed_s=0.0, linear=1.0, attention=1.0, residual=1.0, why="the formulas")
     longest = known[-1]
-    apart = longest[1] >= LEAST_SHARE * longest.sum() and len(measured) > 1
-    columns = np.column_stack([np.ones(len(measured)), known if apart else known.sum(axis=1)])
-    columns = columns if len(measured) > columns.shape[1] - 1 else columns[:, 1:]
+    apart = longest[1] >= LEAST_SHARE * longest.sum() and len(measured) > 2
+    columns = known if apart else known.sum(axis=1)[:, None]
+    if len(measured) > 1:
+        columns = np.column_stack([np.ones(len(measured)), columns])
     weights = nonnegative(columns / measured[:, None], np.ones(len(measured)))
-    fixed, *rates = weights if columns.shape[1] == (3 if apart else 2) else (0.0, *weights)
+    fixed, *rates = weights if len(measured) > 1 else (0.0, *weights)
     if not any(rates):
         fixed, rates = 0.0, [float(measured[-1] / longest.sum())]
     linear, attention = (rates[0], rates[-1])

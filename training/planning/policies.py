@@ -193,9 +193,11 @@ class _Room:
         host = (situation.host_bytes - streaming.memory.host_bytes(shape, values, 0)) / count
         disk = situation.profile.disk_free_bytes - streaming.memory.disk_bytes(
             shape, values, situation.repository_tokens)
+        pinned_bytes = min(PINNED_SHARE * situation.profile.ram_total_bytes,
+                           situation.profile.rate("host.pinned_limit") or math.inf)
         return cls(shape=shape, values=values, device_bytes=situation.device_bytes, disk_bytes=disk / count,
                    host_bytes=math.inf if values["device.kind"] == "cpu" else host,
-                   pinned_bytes=PINNED_SHARE * situation.profile.ram_total_bytes / count)
+                   pinned_bytes=pinned_bytes / count)
 
     def over(self, policy: StreamPolicy, found: Costs, outer: float) -> float:
         """The largest of need over room."""

@@ -78,8 +78,9 @@ def geometry(shape: ModelShape, values: Mapping[str, Any]) -> Geometry:
     """
     lora, family = bool(values["lora.enabled"]), family_of(shape)
     e = memory.element_bytes(values) if lora or values["deepspeed.stage"] else 4
-    kept = activations.layer_bytes_per_token(shape, values)
-    inner = activations.inner_bytes_per_token(shape, values)
+    as_streamed = {**values, "stream.chunk_tokens": 1}
+    kept = activations.layer_bytes_per_token(shape, as_streamed)
+    inner = activations.inner_bytes_per_token(shape, as_streamed)
     idle = ("embeddings", "head", "positions", "norms", "biases")
     others = sum(shape.parameters.get(name, 0) for name in idle)
     return Geometry(

@@ -144,10 +144,11 @@ def stream_rates(values: Mapping[str, Any], profile: HardwareProfile, overlapped
         device = _first_device(values)
         memory = profile.rate(f"{device}.memory_bandwidth") or MEMORY_BYTES_PER_S["cuda"]
         kind = "pinned" if overlapped else "pageable"
-        up, down = (profile.rate(f"{device}.{way}_{kind}") or HOST_BYTES_PER_S[kind] for way in ("h2d", "d2h"))
+        up, down = (profile.rate(f"{device}.{way}_{kind}") or HOST_BYTES_PER_S[kind]
+                    for way in ("h2d", "d2h"))
     return Rates(linear=linear, attention=attention, up=up, down=down, memory=memory,
-                       disk_write=profile.rate("disk.write") or DISK_BYTES_PER_S,
-                       disk_read=profile.rate("disk.read") or DISK_BYTES_PER_S)
+                 disk_write=profile.rate("disk.write") or DISK_BYTES_PER_S,
+                 disk_read=profile.rate("disk.read") or DISK_BYTES_PER_S)
 
 
 def windows_in(code_bytes: int, values: Mapping[str, Any]) -> int:
