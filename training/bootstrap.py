@@ -31,7 +31,8 @@ Usage: python3 elite_train.py [OPTIONS] [profile|plan|dataset|resume|runs|report
   --resume            continue the run       --fresh             move the old run aside
   --config FILE       YAML of settings       --set KEY=VALUE     one setting, repeatable
   --dry-run           stop after the plan    --json              one JSON document on standard output
-  --no-setup          never install anything --help              this text, in full once set up
+  --anyway            even if it does not fit --no-setup         never install anything
+  --help              this text, in full once set up
 """
 
 

@@ -26,7 +26,7 @@ COMBINATIONS = dict(planner.combinations())
 @pytest.mark.parametrize("name", [
     "llama", "phi", "gpt2", "llama, recomputed", "llama, q and v only", "llama, full, accumulated",
     "llama, full, recomputed", "llama, NF4, recomputed", "llama, bf16", "llama streamed, output kept",
-    "llama streamed, full", "mistral, 4096, True", "gemma2, eager"])
+    "llama streamed, full", "mistral, 2048", "gemma2, eager"])
 def test_predicted_bytes_are_within_5_percent_of_a_real_update(name):
     row = planner.memory_row(name, COMBINATIONS[name])
     assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.05)
