@@ -30,8 +30,8 @@ from training.records import (
 from training.rundir import TrialLength, TrialOrder
 
 # Small lengths: a quarter and a half of the window, as long as they are cheap. On a CPU updates at an eighth
-# and a quarter overestimated the whole window's seconds by 13 % (median of nine ways): short products are
-# slower.
+# and a quarter were 13 % off the whole window's seconds (median of nine ways), mostly above: short products
+# are slower.
 SMALL_SHARES = (4, 2)
 SMALL_S, SMALL_SHARE = 60.0, 0.05        # what both may take: seconds, and of the time granted
 SIZE_S, SIZE_SHARE = 300.0, 0.1          # what one micro-batch of the planned length may take
