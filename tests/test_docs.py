@@ -71,8 +71,10 @@ def test_every_source_file_named_exists(page):
     assert [name for name in named if "<" not in name and not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "models.md", "tiers.md", "optimizations.md"])
+@pytest.mark.parametrize("name", ["configuration.md", "models.md", "tiers.md", "optimizations.md",
+                                  "planning.md"])
 def test_generated_pages_are_up_to_date(name):
     from training.documentation import PAGES as pages
 
+    assert len(pages) == 5
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages[name](), "run `make docs`"

@@ -15,6 +15,7 @@ from training import models
 from training.command import machines, request
 from training.command.choices import Choices
 from training.command.ending import Session
+from training.errors import UsageError
 from training.hardware.profiler import HardwareProfiler
 from training.planning import presets, tiers
 from training.planning.outlook import REFERENCE, REFERENCE_TOKENS, outlook
@@ -147,3 +148,12 @@ def test_a_plan_for_another_machine_takes_less_than_two_cpu_seconds_and_no_torch
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "loaded: "
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_gpus_of_another_machine_can_be_named_and_wrong_ones_are_refused_with_its_own(here, capsys):
+    words = ("plan", "--hardware", "rtx-3090", "--base-model", "phi-2", "--repo", REPO, "--json", "--set")
+    plan = json.loads(run(capsys, *words, "device.gpus=0").out)
+    assert plan["choices"]["device.gpus"] == {"value": "0", "source": "user", "why": "set by the user"}
+    with pytest.raises(UsageError) as caught:
+        run(capsys, *words, "device.gpus=3")
+    assert str(caught.value) == "device.gpus names 3; the GPUs found have the indices 0."

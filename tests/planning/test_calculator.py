@@ -327,7 +327,8 @@ def test_planning_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["memory", "timing", "tiers", "limits", "streaming", "outlook"])
+@pytest.mark.parametrize("module", ["activations", "convergence", "fitting", "limits", "memory", "outlook",
+                                    "streaming", "tiers", "timing", "tuning.advanced", "tuning.search"])
 def test_the_examples_in_the_formulas_hold(module):
     import doctest
     import importlib

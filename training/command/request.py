@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,13 @@ def _planners_problems(request: Request, base: BaseModel, facts: RepositoryFacts
     """What the planner will refuse on any machine. The devices asked for are taken to be there."""
     asked = request.settings
     count = int(asked.get("device.count", 1)) if asked.get("device.kind") == "cuda" else 0
-    gpu = Gpu(index=0, name="", architecture="", capability="8.0", total_bytes=0, free_bytes=0)
+    indices: Sequence[int] = range(count)
+    if re.fullmatch(r"\d+(,\d+)*", str(asked.get("device.gpus", ""))):
+        indices = [int(index) for index in asked["device.gpus"].split(",")]
+    gpus = tuple(Gpu(index=index, name="", architecture="", capability="8.0", total_bytes=0, free_bytes=0)
+                 for index in indices)
     machine = HardwareProfile(name="not measured", source="", date="", system="", cpu_name="", cpu_cores=1,
-                              cpu_flags=(), ram_total_bytes=0, ram_available_bytes=0, gpus=(gpu,) * count,
+                              cpu_flags=(), ram_total_bytes=0, ram_available_bytes=0, gpus=gpus,
                               disk_path="", disk_free_bytes=0)
     return situation.build(request, machine, base, facts, tiers.load())[1]
 

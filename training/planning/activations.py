@@ -81,7 +81,8 @@ def layer_bytes_per_token(shape: ModelShape, values: Mapping[str, Any]) -> float
     >>> from training.shapes import shape_from_config
     >>> small = shape_from_config({"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4,
     ...     "num_attention_heads": 4, "intermediate_size": 704, "vocab_size": 4096})
-    >>> full = {"model.dtype": "float32", "lora.enabled": False, "deepspeed.stage": 0}
+    >>> full = {"model.dtype": "float32", "lora.enabled": False, "deepspeed.stage": 0,
+    ...     "dataset.context_tokens": 512}
     >>> layer_bytes_per_token(small, full)      # (6 x 256 + 4 x 256 + 4 x 704) x 4, 4 heads x 4, 8
     21528.0
     """

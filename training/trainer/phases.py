@@ -34,15 +34,20 @@ log = logging.getLogger(__name__)
 KEPT_BYTES = 1 << 30
 
 
-def run(session: Session) -> None:
-    """All phases in order; what came out is in `session.training` and `session.facts`."""
+def with_folder(session: Session, work: Callable[[Session], None]) -> None:
+    """`work` with the folder that layer inputs go to, where they go to the disk."""
     if not session.config["stream.chunk_tokens"]:
-        _run(session)
+        work(session)
         return
     from training.trainer import streaming
 
     with streaming.directory(session.config, session.run.path):
-        _run(session)
+        work(session)
+
+
+def run(session: Session) -> None:
+    """All phases in order; what came out is in `session.training` and `session.facts`."""
+    with_folder(session, _run)
 
 
 def _run(session: Session) -> None:

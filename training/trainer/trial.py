@@ -118,13 +118,7 @@ class Trying:
 
 def run(session: Session) -> None:
     """Load the model as the run would, take the steps, and write trial.json. Raises as the training would."""
-    if not session.config["stream.chunk_tokens"]:
-        _run(session)
-        return
-    from training.trainer import streaming
-
-    with streaming.directory(session.config, session.run.path):
-        _run(session)
+    phases.with_folder(session, _run)
 
 
 def _run(session: Session) -> None:
