@@ -8,10 +8,10 @@ import pytest
 from repositories import EMAIL_PACKAGE, FUNCTION, JSON_PACKAGE, make, settings, small_project, write_tree
 
 from training.dataset import DatasetGenerator, WindowStore, staging
-from training.dataset.checkout import without_password
+from training.dataset.sources.checkout import without_password
 from training.dataset.completions import completion_spans
-from training.dataset.graph import parse_python
-from training.dataset.repository import SourceFile
+from training.dataset.structure.edges import parse_python
+from training.dataset.sources.repository import SourceFile
 from training.dataset.split import leakage, split
 from training.dataset.tokenizer import train_embedded
 from training.errors import CannotWrite, DataError, MissingInput, UsageError

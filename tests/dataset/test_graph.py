@@ -2,9 +2,9 @@ import time
 
 import pytest
 
-from training.dataset.graph import distance, import_edges, python_imports, topological
-from training.dataset.languages import of_name
-from training.dataset.repository import SourceFile
+from training.dataset.structure.edges import distance, import_edges, python_imports, topological
+from training.dataset.sources.languages import of_name
+from training.dataset.sources.repository import SourceFile
 
 
 def edges(texts: dict[str, str], root_name: str = "repo") -> dict[str, tuple[str, ...]]:

@@ -6,10 +6,10 @@ import pytest
 from repositories import FUNCTION, write_tree
 
 from training.dataset import DatasetGenerator
-from training.dataset.checkout import check_url, locate, without_password
-from training.dataset.filters import verdict_on_name, verdict_on_text
-from training.dataset.languages import of_name, of_shebang
-from training.dataset.repository import Survey, notebook_text, survey
+from training.dataset.sources.checkout import check_url, locate, without_password
+from training.dataset.sources.filters import verdict_on_name, verdict_on_text
+from training.dataset.sources.languages import of_name, of_shebang
+from training.dataset.sources.repository import Survey, notebook_text, survey
 from training.errors import DataError, MissingInput, UsageError
 
 CODE = FUNCTION.format(name="code")

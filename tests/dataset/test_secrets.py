@@ -7,7 +7,7 @@ import pytest
 import rich
 from repositories import EMAIL_PACKAGE, JSON_PACKAGE, make, write_tree
 
-from training.dataset.secrets import KINDS, redact
+from training.dataset.sources.secrets import KINDS, redact
 
 ALNUM, HEX = string.ascii_letters + string.digits, "0123456789abcdef"
 

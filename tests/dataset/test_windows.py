@@ -10,7 +10,7 @@ from training.dataset import infill
 from training.dataset.composer import Composer, coverage
 from training.dataset.documents import Document, Marks, Part, Segment, cut, merged
 from training.dataset.packing import best_fit_decreasing, pack_related
-from training.dataset.syntax import skeleton, statements
+from training.dataset.structure.syntax import skeleton, statements
 from training.dataset.windows import Layout, Text, composed_windows, packed_windows, slices
 
 MARKS = Marks(eos=0, prefix=1, suffix=2, middle=3)

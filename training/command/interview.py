@@ -14,7 +14,7 @@ from training.command import places
 from training.command.choices import Choices
 from training.console import questions
 from training.console.theme import span
-from training.dataset import checkout
+from training.dataset.sources import checkout
 from training.errors import MissingInput, StoppedByUser, UsageError
 from training.manager.preflight import check_output
 from training.manager.runs import RESUMABLE, list_runs

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from training.dataset.documents import header_text
-from training.dataset.graph import parse_python
-from training.dataset.repository import SourceFile
-from training.dataset.syntax import Statement, statements
+from training.dataset.structure.edges import parse_python
+from training.dataset.sources.repository import SourceFile
+from training.dataset.structure.syntax import Statement, statements
 
 MAX_SPANS = 64
 MAX_SPANS_PER_FILE = 8

@@ -16,7 +16,7 @@ import numpy as np
 
 from training.dataset import infill
 from training.dataset.documents import Document, Marks, Part, Segment, merged
-from training.dataset.graph import Edges, distance
+from training.dataset.structure.edges import Edges, distance
 
 MIN_PIECE_TOKENS = 48         # a shorter rest of the window is not worth a head of a file
 MAX_NEIGHBOURS = 256          # files looked at on either side in path order

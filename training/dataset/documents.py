@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.dataset.repository import SourceFile
+from training.dataset.sources.repository import SourceFile
 from training.dataset.tokenizer import Coder
 
 

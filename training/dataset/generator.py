@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from training.dataset import checkout, repository, secrets
+from training.dataset.sources import checkout, repository, secrets
 from training.dataset import tokenizer as tokenizers_
 from training.dataset.completions import completion_spans
 from training.dataset.composer import Composer, Window, coverage
 from training.dataset.documents import Document, TokenPool, add_marks, lay_out
-from training.dataset.graph import import_edges
-from training.dataset.repository import SourceFile, Survey
+from training.dataset.structure.edges import import_edges
+from training.dataset.sources.repository import SourceFile, Survey
 from training.dataset.split import leakage, split
 from training.dataset.staging import aside_of, replace
 from training.dataset.store import (
@@ -36,7 +36,7 @@ from training.dataset.store import (
     write_tokens,
     write_windows,
 )
-from training.dataset.syntax import skeleton
+from training.dataset.structure.syntax import skeleton
 from training.dataset.tokenizer import Coder
 from training.dataset.windows import Layout, Text, composed_windows, packed_windows, slices
 from training.errors import EliteError, UsageError

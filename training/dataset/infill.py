@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from training.dataset.documents import Document, Marks, Part, Segment
-from training.dataset.syntax import statements
+from training.dataset.structure.syntax import statements
 
 EXTRA_TOKENS = 4              # three sentinels and an end mark
 MIN_TOKENS = 12               # shorter targets stay as they are

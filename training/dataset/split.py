@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from training.dataset.repository import SourceFile
+from training.dataset.sources.repository import SourceFile
 
 SKETCH_LINES = 32            # lowest line hashes that stand for a file
 SAME_SHARE = 0.5             # of the smaller sketch: above it two files are near-identical

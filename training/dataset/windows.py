@@ -18,7 +18,7 @@ import numpy as np
 from training.dataset import infill
 from training.dataset.composer import Composer, Window
 from training.dataset.documents import Document, Marks, Part, Segment, cut, merged
-from training.dataset.graph import Edges, topological
+from training.dataset.structure.edges import Edges, topological
 from training.dataset.packing import pack_related
 
 MIN_INFILL_CONTEXT = 64      # below it the sentinels would take more than a twentieth of the window

@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from training.dataset.repository import SourceFile
+from training.dataset.sources.repository import SourceFile
 
 MAX_EDGES_PER_IMPORT = 8      # files a single package import (Go, C#) may bring in
 Edges = dict[str, tuple[str, ...]]

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pathspec
 
-from training.dataset.checkout import tracked_files
-from training.dataset.filters import verdict_on_name, verdict_on_text
-from training.dataset.languages import Language, of_name, of_shebang
+from training.dataset.sources.checkout import tracked_files
+from training.dataset.sources.filters import verdict_on_name, verdict_on_text
+from training.dataset.sources.languages import Language, of_name, of_shebang
 from training.errors import DataError
 from training.settings import BY_NAME
 

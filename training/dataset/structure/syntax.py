@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from training.dataset.graph import parse_python
+from training.dataset.structure.edges import parse_python
 
 MAX_SKELETON_SHARE = 0.6     # a skeleton longer than this share of its file saves too little
 _DEFINITION = re.compile(

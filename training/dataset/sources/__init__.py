@@ -1,0 +1,1 @@
+"""From what a user names to text: checkout, files, filters, languages, secrets, history."""
