@@ -63,10 +63,26 @@ KEYS: tuple[Key, ...] = (
     _key("lora.dropout", 0.0, "Dropout on the adapter's input.", 0.0, 0.9),
     _key("lora.targets", [], "Names of the linear layers that get an adapter; empty takes the registry's."),
     _key("dataset.repo", "", "Folder or git URL the windows come from."),
+    _key("dataset.also", [], "More repositories, folders or git URLs; each one's paths start with its name."),
     _key("dataset.context_tokens", 4096, "Length of a window, context and target together, tokens.", 1),
     _key("dataset.target_tokens", 512, "Tokens at the end of a window that are trained on.", 1),
     _key("dataset.held_out_share", 0.05, "Share of the files kept for evaluation.", 0.001, 0.5),
-    _key("dataset.fim_share", 0.5, "Share of targets made fill-in-the-middle, if the base can.", 0.0, 1.0),
+    _key("dataset.split", "auto", "What is held out: the newest files by commit time, or clusters of files drawn "
+         "at random; auto: by time where git knows it.", choices=("auto", "time", "cluster")),
+    _key("dataset.fim_share", 0.25, "Share of target tokens in code files that stand alone with a middle to "
+         "fill in, if the base can.", 0.0, 1.0),
+    _key("dataset.whole_share", 0.15, "Share of target tokens in full windows of whole files, dependencies "
+         "first; the rest has its context composed per target.", 0.0, 1.0),
+    _key("dataset.fim_rate", 0.5, "Of the code targets with composed context, the share that also has a "
+         "middle to fill in.", 0.0, 1.0),
+    _key("dataset.commit_share", 0.1, "Share of target tokens from commits: message and old text, then the "
+         "patch.", 0.0, 0.9),
+    _key("dataset.replay", "", "A second corpus, folder or git URL, mixed in against forgetting."),
+    _key("dataset.replay_share", 0.2, "Share of target tokens from the second corpus, if there is one.", 0.0,
+         0.9),
+    _key("dataset.curriculum_stages", 1, "Stages of growing context, each twice the one before; 1: full "
+         "context from the start.", 1, 16),
+    _key("dataset.curriculum_share", 0.3, "Share of the first epoch that the shorter stages take.", 0.0, 1.0),
     _key("dataset.max_file_bytes", 1 << 20, "Larger files are left out, bytes.", 1),
     _key("training.epochs", 3, "Passes over the training windows.", 1, 1000),
     _key("training.max_steps", 0, "Ends the run at this step; 0: by epochs.", 0),
@@ -112,6 +128,8 @@ KEYS: tuple[Key, ...] = (
     _key("device.matmul_precision", "highest", "Factors of float32 matrix products: float32, TF32, or bf16.",
          choices=("highest", "high", "medium")),
     _key("evaluation.windows", 32, "Held-out windows an evaluation reads.", 1),
+    _key("evaluation.context_targets", 8, "Held-out targets whose loss is taken at growing length of composed, "
+         "random and foreign context.", 0, 1000),
     _key("evaluation.completions", 8, "Held-out spans completed before and after training.", 0, 10000),
     _key("evaluation.completion_tokens", 48, "Longest completion, tokens.", 1, 4096),
     _key("stream.chunk_tokens", 0, "Queries of one call of a decoder layer in the streamed step; 0: the "
@@ -217,6 +235,9 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
     (lambda v: v["dataset.target_tokens"] > v["dataset.context_tokens"],
      "dataset.target_tokens is {dataset_target_tokens:,} and a window holds dataset.context_tokens = "
      "{dataset_context_tokens:,}; lower the target."),
+    (lambda v: v["dataset.fim_share"] + v["dataset.whole_share"] > 1,
+     "dataset.fim_share {dataset_fim_share:g} and dataset.whole_share {dataset_whole_share:g} add up to more "
+     "than 1; lower one."),
     (lambda v: v["model.quantization"] == "nf4" and not v["lora.enabled"],
      "model.quantization nf4 freezes the weights, so nothing would be trained; set lora.enabled=true."),
     (lambda v: v["deepspeed.offload_parameters"] and v["deepspeed.stage"] != 3,

@@ -192,12 +192,16 @@ def _dataset(chooser: Chooser, situation: Situation, window: Window) -> None:
     share = min(0.2, max(0.05, 2 / max(1, facts.code_files)))
     chooser.put("dataset.held_out_share", round(share, 4), "derived",
                 "a twentieth of the files" if share == 0.05 else f"at least two of {facts.code_files} files")
-    fim, why = (0.5, "half of the targets; the base knows these sentinels") if base.fim else (
+    fim, why = (0.25, "a quarter of the targets; the base knows these sentinels") if base.fim else (
         0.0, f"{base.name} knows no fill-in-the-middle sentinels")
     if situation.embedded:
         fim, why = 0.0, "the few tokens it sees are spent on left-to-right text"
     chooser.put("dataset.fim_share", fim, "derived", why)
     chooser.put("dataset.max_file_bytes", 1 << 20, "preset", "larger source files are mostly generated")
+    for key in KEYS:
+        more = key.name.startswith("dataset.") or key.name == "evaluation.context_targets"
+        if more and key.name not in chooser.choices:
+            chooser.put(key.name, key.default, "preset", "the default")
 
 
 def _deepspeed(chooser: Chooser, situation: Situation, window: Window) -> None:
