@@ -32,6 +32,7 @@ EXPORTS = {"HardwareProfiler": "training.hardware.profiler",
            "DatasetGenerator": "training.dataset.generator",
            "TrainingManager": "training.manager.manager"}
 __all__ = [*EXPORTS, "app"]
+SAMPLES = 3                      # windows that `dataset` shows
 
 
 def __getattr__(name: str) -> Any:
@@ -50,7 +51,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 
 
 @app.callback(invoke_without_command=True)
-@with_choices
+@with_choices()
 def main(ctx: typer.Context, choices: Choices,
          auto: Annotated[bool, flag("--auto", "Ask nothing; take every default.")] = False,
          resume: Annotated[bool, flag("--resume", "Continue the run in --output.")] = False,
@@ -159,7 +160,7 @@ def profile(quick: Annotated[bool, flag("--quick", "Two seconds, without torch."
 
 
 @app.command()
-@with_choices
+@with_choices()
 def plan(choices: Choices,
          hardware: Annotated[str, value("A machine of configs/hardware/, or a profile.", "NAME|FILE")] = "",
          vram: Annotated[Number, value("GPU memory to plan with.", "GIB")] = None,
@@ -207,21 +208,24 @@ def plan_all(view: Any, choices: Choices, sizes: tuple[Any, ...]) -> None:
 
 
 @app.command()
-def dataset(repo: Annotated[str, value("What to read.", "DIR|GIT-URL")] = "",
-            context: Annotated[int, value("Length of a window, tokens.", "TOKENS")] = 4096,
+@with_choices("repo", "context", "base_model", "seed", "config", "set")
+def dataset(choices: Choices,
             output: Annotated[str, value("Where the dataset's own files go.", "DIR")] = "",
             json: Json = False) -> None:
-    """Make only the dataset."""
-    from training.command import request
+    """Make only the dataset, and show what is in it."""
+    from training.command import alone
     from training.console import stages
     from training.console.view import View
     from training.dataset.generator import DatasetGenerator
+    from training.dataset.sources.reasons import advice
     view = View(json)
-    config, folder = request.dataset_config(repo, context, output, DatasetGenerator.survey)
+    made = alone.checked(choices, output, DatasetGenerator.survey)
+    generator = DatasetGenerator(made.config, made.folder, made.base, made.folder)
     with view.stage("Dataset") as progress:
-        manifest = DatasetGenerator(config, folder, folder=folder).generate(progress)
-    view.show(stages.dataset, manifest)
-    view.say(f"Written to {folder}.")
+        manifest = generator.generate(progress)
+    view.show(stages.manifest, manifest, advice)
+    view.show(stages.windows, generator.samples(SAMPLES))
+    view.say(f"Written to {made.folder}.")
     view.document(manifest)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from training.dataset import store as writers
+from training.dataset import writing
 from training.dataset.store import WindowStore
 
 SPANS = [
@@ -33,15 +34,22 @@ def make_store(folder: Path, tokenizer_from: Path, context_tokens: int = 96, win
     text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text(encoding="utf-8")
     ids = np.array(tokenizer.encode(text[:400_000]).ids[:2 * windows * context_tokens], dtype=np.int64)
     vocab_tokens = vocab_tokens or tokenizer.get_vocab_size()
-    dtype = writers.write_tokens(folder, ids, vocab_tokens)
-    lengths = [len(tokenizer.decode([i]).encode()) for i in range(tokenizer.get_vocab_size())]
-    np.save(folder / "token_bytes.npy", np.array(lengths, dtype=np.uint16))
+    tokens = writing.TokenWriter(folder / "tokens.bin", vocab_tokens)
+    tokens.add(ids)
+    tokens.close()
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]
+    np.save(folder / "token_bytes.npy", np.array([len(text.encode()) for text in texts], dtype=np.uint16))
+    np.save(folder / "ends_line.npy", np.array([text.endswith("\n") for text in texts]))
+    for name in ("spans.bin", "documents.bin"):
+        (folder / name).write_bytes(b"")
+    writers.write_json(folder / "documents.json", [])
     head = context_tokens - target_tokens
-    for part, split in enumerate(writers.SPLITS):
+    writing.write_windows(folder, "curve", [])
+    for part, split in enumerate(("train", "held_out")):
         starts = [(part * windows + i) * context_tokens for i in range(windows)]
-        writers.write_windows(folder, split, [[(s, head, 0), (s + head, target_tokens, 1)] for s in starts])
+        writing.write_windows(folder, split, [[(s, head, 0), (s + head, target_tokens, 1)] for s in starts])
     writers.write_json(folder / "completions.json", SPANS)
-    about: dict[str, Any] = {"pad_id": 0, "eos_id": 0, "vocab_tokens": vocab_tokens, "dtype": dtype,
+    about: dict[str, Any] = {"pad_id": 0, "eos_id": 0, "vocab_tokens": vocab_tokens, "dtype": tokens.dtype,
                              "context_tokens": context_tokens, "files": writers.file_sizes(folder)}
     digest = writers.content_digest(folder, about["files"])
     writers.write_json(folder / "manifest.json", {"format": writers.FORMAT, "store": about, "digest": digest,

@@ -23,7 +23,7 @@ Usage: python3 elite_train.py [OPTIONS] [profile|plan|dataset|resume|runs|report
   A source repository in, a code model tuned on it out. The requirements are not installed yet; any command
   but this help installs them into .venv first and says how large they are.
 
-  --auto              ask nothing            --repo DIR|GIT-URL  what to train on
+  --auto              ask nothing            --repo DIR|GIT-URL  what to train on, repeatable
   --output DIR        the run directory      --model-name NAME   its name (runs/NAME)
   --base-model NAME   or DIR, auto, embedded --epochs N          passes over the windows
   --tier N            row of the tier table  --context TOKENS    window length

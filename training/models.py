@@ -63,8 +63,8 @@ def registry() -> dict[str, BaseModel]:
     known = {name: BaseModel(name=name, location=row["hub"], licence=row["licence"],
                              shape=shape_from_config(row["config"]),
                              lora_targets=tuple(data["lora"][row["lora"]]),
-                             fim=dict(data["fim"].get(row.get("fim"), {})), languages=tuple(row["languages"]),
-                             note=row.get("note", ""))
+                             languages=tuple(row["languages"]), note=row.get("note", ""),
+                             **_sentinels(data["fim"].get(row.get("fim"), {})))
              for name, row in data["models"].items()}
     return {EMBEDDED: embedded({}), **known}
 
@@ -81,7 +81,14 @@ def embedded(settings: Mapping[str, Any]) -> BaseModel:
         "max_position_embeddings": EMBEDDED_CONTEXT, "tie_word_embeddings": True})
     return BaseModel(name=EMBEDDED, location=EMBEDDED, licence="yours: it is trained from "
                                                                "scratch", shape=shape,
-                     lora_targets=tuple(_file()["lora"]["llama"]), fim=dict(_file()["fim"]["qwen"]))
+                     lora_targets=tuple(_file()["lora"]["llama"]),
+                     **_sentinels({**_file()["fim"]["qwen"], "order": "psm+spm"}))
+
+
+def _sentinels(row: Mapping[str, str]) -> dict[str, Any]:
+    """The two fields of a BaseModel that say how it fills in a middle."""
+    named = {part: token for part, token in row.items() if part != "order"}
+    return {"fim": named, "fim_order": row.get("order", "psm")}
 
 
 def resolve(name: str) -> BaseModel:
@@ -146,9 +153,10 @@ def _from_config(name: str, location: str, config: Mapping[str, Any], licence: s
 
 def _with_fim(base: BaseModel, tokens: set[str]) -> BaseModel:
     """The base with the first sentinel set whose three tokens its tokenizer declares."""
-    for sentinels in _file()["fim"].values():
-        if set(sentinels.values()) <= tokens:
-            return BaseModel(**{**vars(base), "fim": dict(sentinels)})
+    for row in _file()["fim"].values():
+        found = _sentinels(row)
+        if set(found["fim"].values()) <= tokens:
+            return BaseModel(**{**vars(base), **found})
     return base
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 Record = TypeVar("Record")
 GIB = 1 << 30
-SOURCES = ("user", "measured", "derived", "preset")
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class HardwareProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class RepositoryFacts:
-    """What a survey of the repository found before anything is tokenized. `code_bytes`: accepted text."""
+    """What a survey found. `code_bytes`: accepted text; `commits`: those that git reaches, 0 without git."""
 
     path: str
     name: str
@@ -107,6 +106,7 @@ class RepositoryFacts:
     code_files: int
     code_bytes: int
     languages: dict[str, int]
+    commits: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class ModelShape:
 class BaseModel:
     """A model to start from. `location`: a hub id, a local folder, or `embedded`.
 
-    `fim` holds the sentinels (prefix, suffix, middle) or is empty when the base knows none.
+    `fim`: the sentinels (prefix, suffix, middle) or nothing; `fim_order`: as configs/models.yaml has it.
     """
 
     name: str
@@ -166,6 +166,7 @@ class BaseModel:
     shape: ModelShape
     lora_targets: tuple[str, ...]
     fim: dict[str, str] = field(default_factory=dict)
+    fim_order: str = "psm"
     languages: tuple[str, ...] = ()
     note: str = ""
 
@@ -309,13 +310,14 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What a model does on held-out text. Loss in nats a target token; the rates are shares of 1."""
+    """What a model does on held-out text: nats a target token, shares of 1, `context_curve.measure`'s."""
 
     loss: float
     bits_per_byte: float
     exact_match: float | None = None
     edit_similarity: float | None = None
     parse_rate: float | None = None
+    context_curve: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,9 @@ import yaml
 from training.errors import EliteError, MissingInput, UsageError, raise_all
 
 MAX_CONFIG_BYTES = 1 << 20
+LEAST_STAGE_TOKENS = 64          # the shortest windows of a curriculum
+# Shares of the targets that lie in windows where every token is one.
+DENSE = ("dataset.fim_share", "dataset.whole_share", "dataset.commit_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +66,24 @@ KEYS: tuple[Key, ...] = (
     _key("lora.dropout", 0.0, "Dropout on the adapter's input.", 0.0, 0.9),
     _key("lora.targets", [], "Names of the linear layers that get an adapter; empty takes the registry's."),
     _key("dataset.repo", "", "Folder or git URL the windows come from."),
-    _key("dataset.also", [], "More repositories, folders or git URLs; each one's paths start with its name."),
+    _key("dataset.also", [], "More repositories, folders or git URLs, as `--repo` given again; each "
+         "one's paths start with its name."),
     _key("dataset.context_tokens", 4096, "Length of a window, context and target together, tokens.", 1),
-    _key("dataset.target_tokens", 512, "Tokens at the end of a window that are trained on.", 1),
+    _key("dataset.target_tokens", 512, "Tokens at the end of a cross-file window that are trained on.", 1),
     _key("dataset.held_out_share", 0.05, "Share of the files kept for evaluation.", 0.001, 0.5),
-    _key("dataset.split", "auto", "What is held out: the newest files by commit time, or clusters of files drawn "
-         "at random; auto: by time where git knows it.", choices=("auto", "time", "cluster")),
-    _key("dataset.fim_share", 0.25, "Share of target tokens in code files that stand alone with a middle to "
-         "fill in, if the base can.", 0.0, 1.0),
-    _key("dataset.whole_share", 0.15, "Share of target tokens in full windows of whole files, dependencies "
-         "first; the rest has its context composed per target.", 0.0, 1.0),
+    _key("dataset.split", "auto", "What is held out: the newest files by commit time, or clusters of like "
+         "files drawn at random; auto: by time where git knows it.", choices=("auto", "time", "cluster")),
+    _key("dataset.fim_share", 0.25, "Of the files' tokens, the share in code files that stand alone with a "
+         "middle to fill in, if the base can.", 0.0, 1.0),
+    _key("dataset.whole_share", 0.15, "Of the files' tokens, the share in full windows of whole files, "
+         "dependencies first; the rest has its context composed per target.", 0.0, 1.0),
     _key("dataset.fim_rate", 0.5, "Of the code targets with composed context, the share that also has a "
          "middle to fill in.", 0.0, 1.0),
-    _key("dataset.commit_share", 0.1, "Share of target tokens from commits: message and old text, then the "
-         "patch.", 0.0, 0.9),
+    _key("dataset.commit_share", 0.1, "Of all target tokens, the share from commits: message and old text, "
+         "then the patch.", 0.0, 0.9),
     _key("dataset.replay", "", "A second corpus, folder or git URL, mixed in against forgetting."),
-    _key("dataset.replay_share", 0.2, "Share of target tokens from the second corpus, if there is one.", 0.0,
-         0.9),
+    _key("dataset.replay_share", 0.2, "Of all target tokens, the share from the second corpus, if there is "
+         "one.", 0.0, 0.9),
     _key("dataset.curriculum_stages", 1, "Stages of growing context, each twice the one before; 1: full "
          "context from the start.", 1, 16),
     _key("dataset.curriculum_share", 0.3, "Share of the first epoch that the shorter stages take.", 0.0, 1.0),
@@ -128,8 +132,8 @@ KEYS: tuple[Key, ...] = (
     _key("device.matmul_precision", "highest", "Factors of float32 matrix products: float32, TF32, or bf16.",
          choices=("highest", "high", "medium")),
     _key("evaluation.windows", 32, "Held-out windows an evaluation reads.", 1),
-    _key("evaluation.context_targets", 8, "Held-out targets whose loss is taken at growing length of composed, "
-         "random and foreign context.", 0, 1000),
+    _key("evaluation.context_targets", 8, "Held-out targets whose loss is taken at growing length of "
+         "composed, random and foreign context.", 0, 1000),
     _key("evaluation.completions", 8, "Held-out spans completed before and after training.", 0, 10000),
     _key("evaluation.completion_tokens", 48, "Longest completion, tokens.", 1, 4096),
     _key("stream.chunk_tokens", 0, "Queries of one call of a decoder layer in the streamed step; 0: the "
@@ -238,6 +242,13 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
     (lambda v: v["dataset.fim_share"] + v["dataset.whole_share"] > 1,
      "dataset.fim_share {dataset_fim_share:g} and dataset.whole_share {dataset_whole_share:g} add up to more "
      "than 1; lower one."),
+    (lambda v: bool(v["dataset.replay"]) and v["dataset.commit_share"] + v["dataset.replay_share"] > 0.9,
+     "dataset.commit_share {dataset_commit_share:g} and dataset.replay_share {dataset_replay_share:g} leave "
+     "the files less than a tenth; lower one."),
+    (lambda v: v["dataset.curriculum_stages"] > 1 and
+     v["dataset.context_tokens"] >> (v["dataset.curriculum_stages"] - 1) < LEAST_STAGE_TOKENS,
+     "dataset.curriculum_stages {dataset_curriculum_stages} halves windows of {dataset_context_tokens:,} "
+     "tokens to fewer than 64; lower it."),
     (lambda v: v["model.quantization"] == "nf4" and not v["lora.enabled"],
      "model.quantization nf4 freezes the weights, so nothing would be trained; set lora.enabled=true."),
     (lambda v: v["deepspeed.offload_parameters"] and v["deepspeed.stage"] != 3,
@@ -270,6 +281,20 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
       for name in ("device.gpus", "device.memory_share", "device.pool_share", "device.defragment_steps",
                    "device.cudnn_autotune")),
 )
+
+
+def most_targets(values: Mapping[str, Any]) -> int:
+    """The most tokens of one window that are trained on: all of a window of a dense kind, if any is made. A
+    share that is left out counts as 0.
+
+    >>> most_targets({"dataset.context_tokens": 4096, "dataset.target_tokens": 512})
+    512
+    >>> most_targets({"dataset.context_tokens": 4096, "dataset.target_tokens": 512, "dataset.fim_share": 0.2})
+    4096
+    """
+    replayed = bool(values.get("dataset.replay")) and values.get("dataset.replay_share", 0.0) > 0
+    dense = replayed or any(values.get(name, 0.0) > 0 for name in DENSE)
+    return int(values["dataset.context_tokens" if dense else "dataset.target_tokens"])
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -72,6 +72,7 @@ SUMMARY = {"state": "done", "verdict": "The loss on held-out files fell from 8.3
                         "verdict": "better"}],
            "sample": {"path": "a.py", "prefix": "1\n2\n3\ndef f():\n    ", "before": "[bold]x\x1b[31m",
                       "after": "return 1", "expected": "return 2"},
+           "context": "Composed context of 900 tokens lowers the loss by 0.300 (0.250 to 0.350).",
            "model_dir": "/runs/a/model", "report": "/runs/a/report.html",
            "load": ["from transformers import AutoModelForCausalLM",
                     "model = AutoModelForCausalLM.from_pretrained('/runs/a/model')"]}
@@ -88,6 +89,16 @@ def test_the_plan_shows_its_decisions_with_their_reasons():
     assert "training.seed" not in text
     assert "3 more choices" in text
     assert "YaRN" in text
+
+
+def test_windows_of_which_some_are_trained_on_whole_are_told_so():
+    whole = {"dataset.fim_share": Choice(0.0, "derived", "none"),
+             "dataset.whole_share": Choice(0.15, "derived", "some")}
+    mixed = dataclasses.replace(PLAN, choices=PLAN.choices | whole)
+    text = text_of(stages.plan, mixed)
+    assert "windows of 8,192 tokens, 2,048 or all of them trained on; 120 steps" in text
+    packed = dataclasses.replace(mixed, target_tokens=8192)
+    assert "windows of 8,192 tokens, 8,192 of them trained on; 120 steps" in text_of(stages.plan, packed)
 
 
 TIERS = tuple(TierRow(tier=number, context_tokens=2048 << number, target_tokens=512, step=step,
@@ -279,6 +290,7 @@ def test_the_last_table_shows_before_beside_after_and_how_to_load_the_model():
     text = text_of(stages.result, SUMMARY)
     assert "memory 0.29 GiB 0.85 GiB +189 %" in text
     assert "held-out loss 8.333 7.436 -0.898 better" in text
+    assert "Composed context of 900 tokens lowers the loss by 0.300 (0.250 to 0.350)." in text
     assert "... 2 3 def f():" in text or "... 3 def f():" in text
     assert "before [bold]x<U+001B>[31m after return 1 expected return 2" in text
     assert "model = AutoModelForCausalLM.from_pretrained('/runs/a/model')" in text
@@ -290,13 +302,16 @@ def test_opening_configuration_dataset_and_runs_fit_too():
                             languages={"python": 440_000, "markdown": 10_000})
     assert "35 of 40 files accepted, 0.45 MB; python 98 %, markdown 2 %." in text_of(
         stages.opening, facts, Request(repo="/src", output="runs/click"))
+    two = Request(repo="/src", output="runs/click", settings={"dataset.also": ["/a"]})
+    assert "click and 1 more repository: 35 of 40" in text_of(
+        stages.opening, dataclasses.replace(facts, path="/src/click"), two)
     manifest = {"files": {"seen": 40, "accepted": 35, "dropped": {"binary": 5}}, "tokens": {"total": 1000},
                 "windows": {"train": 9, "held_out": 1}, "secrets_replaced": 2,
                 "dependency_coverage": {"512": 0.25}}
     text = text_of(stages.dataset, manifest)
     assert "Left out: 5 binary." in text
-    assert "25 % at 512" in text
-    assert "Secrets replaced before training: 2." in text
+    assert "25 % within 512" in text
+    assert "Replaced before training: 2 secrets." in text
     info = {"name": "click", "state": "interrupted", "step": 5, "steps": 20, "loss": None, "tier": 1,
             "base_model": "phi-2", "date": "2026-11-20 10:00:00"}
     assert "click interrupted 5/20 1 phi-2 2026-11-20 10:00" in text_of(stages.runs, [info], "/runs")

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import email
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from training.dataset import DatasetGenerator, WindowStore
+from training.dataset.sources.repository import (
+    DEFAULT_MAX_FILE_BYTES,
+    Dropped,
+    SourceFile,
+    list_repository,
+    read_all,
+)
 from training.settings import Config
 
 JSON_PACKAGE = str(Path(json.__file__).parent)
@@ -25,6 +34,29 @@ def write_tree(root: Path, files: dict[str, str | bytes]) -> Path:
     return root
 
 
+def read_tree(root: Path,
+              max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> tuple[list[SourceFile], dict[str, str]]:
+    """What a repository gives: accepted files, and path -> reason of the others."""
+    listing = list_repository(root)
+    dropped = {item.path: item.reason for item in listing.dropped}
+    sources = []
+    for found in read_all(listing, max_file_bytes):
+        if isinstance(found, Dropped):
+            dropped[found.path] = found.reason
+        else:
+            sources.append(found)
+    return sources, dropped
+
+
+def git(folder: Path, *arguments: str, date: str = "") -> str:
+    """git as a user runs it, with a name of its own; what it prints. `date`: when a commit is made."""
+    when = {"GIT_COMMITTER_DATE": date, "GIT_AUTHOR_DATE": date} if date else {}
+    done = subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-c",
+                           "init.defaultBranch=main", "-c", "commit.gpgSign=false", *arguments], cwd=folder,
+                          check=True, capture_output=True, env=os.environ | when)
+    return done.stdout.decode().strip()
+
+
 def small_project(root: Path) -> Path:
     """Six Python files, a README, and imports between them."""
     files: dict[str, str | bytes] = {
@@ -39,7 +71,8 @@ def small_project(root: Path) -> Path:
 def settings(repo: Path | str, **values: Any) -> Config:
     """A configuration; keyword `context_tokens` stands for `dataset.context_tokens`."""
     named = {f"dataset.{name}": value for name, value in values.items()}
-    return Config({"dataset.repo": str(repo), "dataset.fim_share": 0.0, "embedded.vocab_tokens": 512} | named)
+    plain = {"dataset.fim_share": 0.0, "dataset.fim_rate": 0.0, "dataset.whole_share": 0.0}
+    return Config({"dataset.repo": str(repo), "embedded.vocab_tokens": 512} | plain | named)
 
 
 def make(repo: Path | str, output: Path, **values: Any) -> tuple[dict[str, Any], WindowStore]:

@@ -7,21 +7,22 @@ import numpy as np
 import pytest
 from repositories import EMAIL_PACKAGE, FUNCTION, JSON_PACKAGE, make, settings, small_project, write_tree
 
-from training.dataset import DatasetGenerator, WindowStore, staging
+from training.dataset import DatasetGenerator, WindowStore, making, staging
+from training.dataset import corpus as corpora
 from training.dataset.sources.checkout import without_password
-from training.dataset.completions import completion_spans
+from training.dataset.sources.repository import list_repository
 from training.dataset.structure.edges import parse_python
-from training.dataset.sources.repository import SourceFile
-from training.dataset.split import leakage, split
-from training.dataset.tokenizer import train_embedded
-from training.errors import CannotWrite, DataError, MissingInput, UsageError
+from training.dataset.structure.syntax import Import
+from training.dataset.tokenizer import open_folder, train_embedded
+from training.errors import CannotWrite, DataError, UsageError
 from training.records import BaseModel, ModelShape
 
 SHAPE = ModelShape(family="llama", hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8, intermediate=8,
                    vocab=500,
                    native_context=64, rope=True, tied=True, parameters={})
 REGIMES = [{"context_tokens": 256, "target_tokens": 256}, {"context_tokens": 512, "target_tokens": 64},
-           {"context_tokens": 512, "target_tokens": 128, "fim_share": 0.7},
+           {"context_tokens": 512, "target_tokens": 128, "fim_share": 0.4, "fim_rate": 0.7,
+            "whole_share": 0.2},
            {"context_tokens": 128, "target_tokens": 128, "fim_share": 0.5}]
 
 
@@ -29,8 +30,9 @@ def trained_places(store: WindowStore, split_name: str) -> np.ndarray:
     """How often each stored token is a target in one pass."""
     counts = np.zeros(10_000_000, dtype=np.int64)
     for index in range(store.count(split_name)):
-        for start, length, trained in store.segments(split_name, index):
-            counts[start:start + length] += trained
+        for segment in store.segments(split_name, index):
+            if segment.start >= 0:
+                counts[segment.start:segment.start + segment.length] += segment.trained
     return counts
 
 
@@ -42,15 +44,22 @@ def test_every_file_and_token_of_a_real_package_is_accounted_for(tmp_path, regim
     assert files["accepted"] + sum(files["dropped"].values()) == files["seen"]
     assert files["train"] + files["held_out"] == files["accepted"]
     assert tokens["lost"] == 0
-    assert tokens["trained_per_epoch"] == tokens["train"] + tokens["infill_ends"]
+    assert tokens["trained_per_epoch"] == tokens["train"]
+    assert tokens["total"] == tokens["trained_per_epoch"] + tokens["held_out"] + tokens["rejected"]
     lengths = [store.window("train", index) for index in range(store.count("train"))]
     assert max(len(ids) for ids, _ in lengths) <= regime["context_tokens"]
-    assert sum(int((labels >= 0).sum()) for _, labels in lengths) == tokens["trained_per_epoch"]
+    assert int((trained_places(store, "train") == 1).sum()) == tokens["trained_per_epoch"]
     assert manifest["windows"] == {"train": store.count("train"), "held_out": store.count("held_out")}
     assert store.count("held_out") > 0
     text_bytes = sum(store.target_bytes("train", index) for index in range(store.count("train")))
     assert text_bytes == manifest["bytes"]["train"]
-    assert (manifest["tokens"]["infill_ends"] > 0) == ("fim_share" in regime)
+    sentinels = set(manifest["store"]["fim"].values())
+    infilled = sum(bool(sentinels & set(ids.tolist())) for ids, _ in lengths)
+    assert (infilled > 0) == ("fim_share" in regime)
+    kinds = manifest["kinds"]
+    assert sum(kind["windows"] for kind in kinds.values()) == store.count("train")
+    assert sum(kind["target_tokens"] for kind in kinds.values()) == tokens["trained_per_epoch"]
+    assert ("fim" in kinds) == ("fim_share" in regime)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -60,29 +69,32 @@ def test_windows_are_gathered_from_the_stored_tokens_and_labels_are_the_ids_or_n
     for name in ("train", "held_out"):
         for index in range(store.count(name)):
             ids, labels = store.window(name, index)
-            parts = store.segments(name, index)
-            assert np.array_equal(ids,
-                                  np.concatenate([tokens[start:start + length] for start, length,
-                                                  _ in parts]))
+            parts = [tokens[part.start:part.start + part.length] if part.start >= 0 else [-1 - part.start]
+                     for part in store.segments(name, index)]
+            assert np.array_equal(ids, np.concatenate(parts))
             assert np.array_equal(labels[labels != -100], ids[labels != -100])
             assert labels[0] == -100, "nothing precedes the first token"
             assert ids.dtype == labels.dtype == np.int64
-        assert trained_places(store, name)[4:].max() == 1
+        assert trained_places(store, name).max() == 1
 
 
 def test_the_trained_text_is_the_training_files_text(tmp_path):
     repo = small_project(tmp_path / "repo")
     _, store = make(repo, tmp_path / "run", context_tokens=256, target_tokens=32)
-    targets = "".join(sample["target"] for sample in DatasetGenerator(
-        settings(repo), tmp_path / "run").samples(100_000))
+    coder = open_folder(store.path / "tokenizer", {})
+    pieces: dict[str, dict[int, str]] = {}
+    for index in range(store.count("train")):
+        for segment in store.segments("train", index):
+            if segment.trained:
+                origin = store.origin(segment.start)
+                text = coder.decode(store.tokens(segment.start, segment.length)).removesuffix("<|endoftext|>")
+                pieces.setdefault(origin.path, {})[origin.byte] = text
     held_out = {item["path"] for item in store.completions()}
-    trained = [path for path in sorted(repo.rglob("*.py"))
-               if path.relative_to(repo).as_posix() not in held_out]
+    names = {path.relative_to(repo).as_posix() for path in repo.rglob("*") if path.is_file()}
     assert held_out
-    for path in trained:
-        assert path.read_text() in targets
-    for name in held_out:
-        assert (repo / name).read_text() not in targets
+    assert set(pieces) == names - held_out
+    for name, found in pieces.items():
+        assert "".join(found[byte] for byte in sorted(found)) == (repo / name).read_text()
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -175,7 +187,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(CannotWrite, match=r"needs about [\d,]+ bytes in .*; 1 are free"):
         make(small_project(tmp_path / "repo"), tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_stopping_in_the_middle_leaves_nothing_and_leftovers_of_the_dead_are_swept(tmp_path):
@@ -187,10 +199,10 @@ def test_stopping_in_the_middle_leaves_nothing_and_leftovers_of_the_dead_are_swe
 
     with pytest.raises(KeyboardInterrupt):
         DatasetGenerator(settings(repo), tmp_path / "run").generate(stop)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
     dead = tmp_path / "run" / f"{staging._prefix(tmp_path / 'run' / 'dataset')}999999999-x"
     alive = tmp_path / "run" / f"{staging._prefix(tmp_path / 'run' / 'dataset')}{os.getpid()}-x"
-    dead.mkdir()
+    dead.mkdir(parents=True)
     alive.mkdir()
     make(repo, tmp_path / "run")
     assert (dead.exists(), alive.exists()) == (False, True)
@@ -200,34 +212,7 @@ def test_progress_names_each_phase_in_order(tmp_path):
     seen: list[str] = []
     DatasetGenerator(settings(small_project(tmp_path / "repo")), tmp_path / "run").generate(
         lambda phase, done, total, detail: seen.append(phase))
-    assert list(dict.fromkeys(seen)) == ["read", "redact", "tokenizer", "encode", "windows", "write"]
-
-
-def test_a_torn_or_missing_store_is_refused(tmp_path):
-    with pytest.raises(MissingInput, match="There is no dataset"):
-        WindowStore.open(tmp_path)
-    _, store = make(small_project(tmp_path / "repo"), tmp_path / "run", context_tokens=128, target_tokens=128)
-    store.verify()
-    tokens = store.path / "tokens.bin"
-    data = tokens.read_bytes()
-    tokens.write_bytes(data[:-2])
-    with pytest.raises(DataError, match="the manifest says"):
-        WindowStore.open(store.path)
-    tokens.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(DataError, match="was changed"):
-        WindowStore.open(store.path).verify()
-    tokens.unlink()
-    with pytest.raises(DataError, match=r"lacks tokens.bin"):
-        WindowStore.open(store.path)
-
-
-def test_the_order_is_a_pure_function_of_seed_and_epoch(tmp_path):
-    _, store = make(JSON_PACKAGE, tmp_path, context_tokens=128, target_tokens=128)
-    first = store.order(1, 0)
-    assert sorted(first) == list(range(store.count("train")))
-    assert np.array_equal(first, WindowStore.open(store.path).order(1, 0))
-    assert not np.array_equal(first, store.order(1, 1))
-    assert not np.array_equal(first, store.order(2, 0))
+    assert list(dict.fromkeys(seen)) == ["list", "read", "split", "tokenizer", "windows", "write"]
 
 
 def test_a_base_models_tokenizer_and_sentinels_are_used(tmp_path):
@@ -235,7 +220,7 @@ def test_a_base_models_tokenizer_and_sentinels_are_used(tmp_path):
     coder = train_embedded(["def f(x):\n    return x\n"] * 9, 300, 1, folder)
     shape = {"name": "b", "location": str(folder), "licence": "", "shape": SHAPE, "lora_targets": ()}
     sentinels = {"prefix": "<|fim_prefix|>", "suffix": "<|fim_suffix|>", "middle": "<|fim_middle|>"}
-    config = settings(JSON_PACKAGE, context_tokens=256, target_tokens=64, fim_share=1.0)
+    config = settings(JSON_PACKAGE, context_tokens=256, target_tokens=64, fim_share=0.5, fim_rate=1.0)
     plain = DatasetGenerator(config, tmp_path / "plain", BaseModel(**shape)).generate()
     infilled = DatasetGenerator(config, tmp_path / "fim", BaseModel(**shape, fim=sentinels)).generate()
     assert (plain["infilled"], infilled["infilled"]) == (False, True)
@@ -243,6 +228,7 @@ def test_a_base_models_tokenizer_and_sentinels_are_used(tmp_path):
     assert store.vocab_tokens == coder.vocab_tokens
     ids, _ = store.window("train", 0)
     assert set(coder.fim.values()) <= set(ids.tolist())
+    assert store.manifest["store"]["fim_order"] == "psm"
     copied = tmp_path / "fim/dataset/tokenizer/tokenizer.json"
     assert copied.read_bytes() == (folder / "tokenizer.json").read_bytes()
 
@@ -259,6 +245,8 @@ def test_samples_show_context_and_target_apart(tmp_path):
     samples = DatasetGenerator(settings(repo), tmp_path / "run").samples(3)
     assert len(samples) == 3
     for sample in samples:
+        assert sample["kind"] == "cross-file"
+        assert (repo / sample["path"]).is_file()
         assert sample["target_tokens"] <= 48
         assert sample["context"].startswith("# repository: repo\n")
         assert "# path: " in sample["context"]
@@ -282,49 +270,6 @@ def test_completions_are_spans_of_held_out_files_and_python_ones_parse(tmp_path)
     assert sum(bool(span["parses"]) for span in spans) >= len(spans) / 2
 
 
-def test_lines_of_other_languages_are_completed_too():
-    text = "package main\n\nfunc main() {\n\tprintln(\"hello\")\n\tprintln(\"world\")\n}\n"
-    spans = completion_spans([SourceFile(path="a.go", language="go", kind="code", text=text)], 1)
-    assert spans
-    assert all(span["prefix"] + span["middle"] in text and span["parses"] is None for span in spans)
-
-
-def source(path: str, text: str) -> SourceFile:
-    return SourceFile(path=path, language="python", kind="code", text=text)
-
-
-def test_copies_and_same_stems_stay_on_one_side():
-    body = "".join(FUNCTION.format(name=f"f{index}") + f"UNIQUE_{index} = {index}\n" for index in range(20))
-    other = [source(f"lib/m{index}.py",
-                    "".join(f"value_{index}_{line} = compute({line})\n" for line in range(30)))
-             for index in "abcdefghijklmnop"]
-    files = [source("a/x.py", body), source("b/y.py", body + "EXTRA = 1\n"),
-             source("c/x_old.py", "# other\n" * 60),
-             source("c/x.py", "# another\n" * 60), *other]
-    for seed in range(60):
-        _, held_out = split(files, 0.2, seed)
-        names = {item.path for item in held_out}
-        assert names
-        assert len(names & {"a/x.py", "b/y.py"}) != 1
-        assert len(names & {"c/x_old.py", "c/x.py"}) != 1
-
-
-def test_the_larger_part_is_never_held_out():
-    files = [source("big.py", "x = 1\n" * 5_000), source("small.py", "print(2)\n" * 60)]
-    for seed in range(8):
-        train, held_out = split(files, 0.05, seed)
-        assert [item.path for item in train] == ["big.py"]
-        assert [item.path for item in held_out] == ["small.py"]
-
-
-def test_leakage_is_the_share_of_runs_of_thirteen_tokens_seen_in_training():
-    ours = np.arange(100, dtype=np.int32)
-    assert leakage([ours], [np.arange(200, 400, dtype=np.int32)]) == 0.0
-    assert leakage([ours], [np.arange(0, 400, dtype=np.int32)]) == 1.0
-    assert leakage([ours], [np.arange(50, 400, dtype=np.int32)]) == round((100 - 50 - 12) / 88, 6)
-    assert leakage([np.arange(5, dtype=np.int32)], [ours]) is None
-
-
 def test_the_manifest_holds_no_time_and_no_password(tmp_path):
     _, store = make(small_project(tmp_path / "repo"), tmp_path / "run")
     text = (store.path / "manifest.json").read_text()
@@ -333,3 +278,52 @@ def test_the_manifest_holds_no_time_and_no_password(tmp_path):
     assert "seconds" not in text
     config = settings("https://me:pass" + "word@example.org/a.git")
     assert without_password(config["dataset.repo"]) == "https://example.org/a.git"
+
+
+def test_several_repositories_keep_their_names_and_resolve_their_own_imports_first(tmp_path):
+    one = write_tree(tmp_path / "one", {"app/a.py": "from app import b\n" + FUNCTION.format(name="a") * 9,
+                                        "app/b.py": FUNCTION.format(name="b") * 9,
+                                        "app/__init__.py": "# one\n", "notes.md": "# One\n\nIt is the first.\n"})
+    two = write_tree(tmp_path / "two", {"app/a.py": "from app import b\n" + FUNCTION.format(name="c") * 9,
+                                        "app/b.py": FUNCTION.format(name="d") * 9,
+                                        "app/__init__.py": "# two\n"})
+    manifest, store = make(one, tmp_path / "run", also=[str(two)], context_tokens=2048, target_tokens=64)
+    paths = {about["path"] for about in store.documents()}
+    assert {"one/app/a.py", "two/app/a.py", "two/app/b.py"} <= paths
+    assert [item["name"] for item in manifest["repositories"]] == ["one", "two"]
+    facts = [corpora.Entry(path=f"{name}/app/{stem}.py", language="python", kind="code", bytes=1, digest=b"",
+                           place=0, spans=(0, 0), skeleton=(0, 0), sketch=np.zeros(0), words=np.zeros(0),
+                           structure_imports=(Import(0, "app", ("b",), "import"),) if stem == "a" else ())
+             for name in ("one", "two") for stem in ("a", "b", "__init__")]
+    places = [corpora.Place(named=name, listing=list_repository(tmp_path / name), prefix=f"{name}/")
+              for name in ("one", "two")]
+    maker = making.Maker(config=settings(one), base=None, places=places, corpus=None, replay=None,
+                         folder=None, coder_of=None, progress=None)
+    found = maker._edges(facts)
+    assert found["one/app/a.py"][0] == "one/app/b.py"
+    assert found["two/app/a.py"][0] == "two/app/b.py"
+
+
+def test_a_second_corpus_is_mixed_in_by_its_share_and_never_as_context(tmp_path):
+    other = write_tree(tmp_path / "other", {f"lib/x{index}.py": f"VALUE_{index} = '{index}'\n" * 30
+                                            for index in range(30)})
+    manifest, store = make(EMAIL_PACKAGE, tmp_path / "run", replay=str(other), replay_share=0.1,
+                           context_tokens=512, target_tokens=128)
+    tokens = manifest["tokens"]
+    assert tokens["lost"] == 0
+    assert 0 < tokens["replay"] <= 0.15 * tokens["trained_per_epoch"]
+    assert manifest["kinds"]["replay"]["target_tokens"] == tokens["replay"]
+    table = np.fromfile(store.path / "documents.bin", dtype=np.int64).reshape(-1, 4)
+    second = [(int(row[0]), int(row[:3].sum())) for row, about in zip(table, store.documents(), strict=True)
+              if about["split"] == "replay"]
+    low, high = min(start for start, _ in second), max(end for _, end in second)
+    for index in range(store.count("train")):
+        inside = [low <= part.start < high for part in store.segments("train", index)]
+        assert all(inside) if store.kind(index) == "replay" else not any(inside)
+
+
+def test_a_package_inside_a_package_is_imported_by_its_full_name(tmp_path):
+    write_tree(tmp_path / "top", {"__init__.py": "", "sub/__init__.py": "", "plain/a.py": ""})
+    assert making.package_name(tmp_path / "top" / "sub") == "top.sub"
+    assert making.package_name(tmp_path / "top" / "plain") == "plain"
+    assert making.package_name(tmp_path / "top") == "top"

@@ -19,6 +19,17 @@ SAMPLE = {"path": "click/termui.py",
           "expected": "            echo(prompt, nl=False, err=err)\n"}
 
 
+def curve(base: float, composed: float, random: float = -0.08, hostile: str = "", kinds: int = 3) -> dict:
+    """A context curve whose loss without context is `base`; the changes are those at the whole window."""
+    rows = [{"kind": kind, "length": length, "context_tokens": 0.9 * length, "loss": base + part * change,
+             "bits_per_byte": (base + part * change) / 2, "change": part * change,
+             "low": part * change - 0.05 * bool(length), "high": part * change + 0.05 * bool(length)}
+            for kind, change in [("composed", composed), ("random", random),
+                                 (f"foreign{hostile}", 0.01)][:kinds]
+            for length, part in ((0, 0.0), (512, 0.5), (4096, 1.0))]
+    return {"items": 8, "files": 5, "target_tokens": 900, "foreign": f"a library{hostile}", "rows": rows}
+
+
 def finished(path: Path, after: float = 2.41, hostile: str = "", steps: int = 240):
     """A done run; `hostile` is put into every text that can come from outside."""
     memory = Memory(device_bytes=1_250_000_000, host_bytes=1_250_000_000, disk_bytes=10_000,
@@ -42,8 +53,10 @@ def finished(path: Path, after: float = 2.41, hostile: str = "", steps: int = 24
         state="done", steps=steps, epochs=3.0, tokens_trained=4096 * steps, seconds=181.0, tier=1,
         context_tokens=4096, memory={"predicted_bytes": 1_250_000_000, "measured_bytes": 1_310_000_000},
         time={"predicted_s": 200.0, "measured_s": 181.0},
-        quality={"before": Quality(loss=8.32, bits_per_byte=4.01, exact_match=0.0, edit_similarity=0.05),
-                 "after": Quality(loss=after, bits_per_byte=1.16, exact_match=0.125, edit_similarity=0.42)},
+        quality={"before": Quality(loss=8.32, bits_per_byte=4.01, exact_match=0.0, edit_similarity=0.05,
+                                   context_curve=curve(8.4, -0.01, kinds=1)),
+                 "after": Quality(loss=after, bits_per_byte=1.16, exact_match=0.125, edit_similarity=0.42,
+                                  context_curve=curve(after + 0.1, -0.3, hostile=hostile))},
         model_dir="model", digest="5f" * 32, samples=(sample, sample | {"path": "click/core.py" + hostile})))
     write_record(run.hardware, HardwareProfile(
         name="here", source="measured", date="2026-11-21", system=f"Linux 6.1{hostile}", cpu_name="Some CPU",
@@ -55,5 +68,8 @@ def finished(path: Path, after: float = 2.41, hostile: str = "", steps: int = 24
         "files": {"seen": 142, "accepted": 97,
                   "dropped": {"binary": 21, "too large": 2, f"generated{hostile}": 22}},
         "tokens": {"total": 412_331, "trained_per_epoch": 208_112}, "windows": {"train": 641, "held_out": 33},
-        "dependency_coverage": {"4096": 0.62, "16384": 0.91}, "secrets_replaced": 1, "leakage": 0.0121}))
+        "dependency_coverage": {"4096": 0.62, "16384": 0.91}, "secrets_replaced": 1, "leakage": 0.0121,
+        "selftest": {"files": 9, "bytes": 90_000,
+                     "bits_per_byte": {"none": 1.664, f"composed{hostile}": 1.373},
+                     "gain": {f"composed{hostile}": [0.291, 0.201, 0.4]}, "xz": 1.66, "gzip": 1.761}}))
     return run

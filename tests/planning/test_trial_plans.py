@@ -6,7 +6,7 @@ import math
 import pytest
 
 from training import models
-from training.planning import OptimalConfigCalculator, fitting, situation, tiers, trial
+from training.planning import OptimalConfigCalculator, fitting, situation, tiers, timing, trial
 from training.records import (
     GIB,
     Figure,
@@ -47,7 +47,7 @@ def truth(plan, place, length, slope=1.3, constant=1 << 28, linear=2.0, attentio
     target = trial.target_of(plan, length)
     values = fitting.at_length(trial.plan_values(plan), length, target)
     moving = fitting.moving_bytes(fitting.memory_at(place.base, trial.plan_values(plan), length, target))
-    parts = fitting.parts_s(place.base.shape, values, place.profile)
+    parts = fitting.parts_s(place.base.shape, values, place.profile, target)
     return int(constant + slope * moving), linear * parts[0] + attention * parts[1]
 
 
@@ -74,7 +74,9 @@ def test_small_lengths_ascend_below_the_window_in_whole_chunks(profile, name, re
     assert all(64 <= length < plan.context_tokens and length % chunk == 0 for length in found)
     order = trial.order(plan, place)
     assert [length.context_tokens for length in order.lengths] == [*found, plan.context_tokens]
-    assert order.lengths[-1].target_tokens == plan.target_tokens
+    # In the largest windows of this mix (whole files) every token is a target, so it is in the trial's.
+    assert order.lengths[-1].target_tokens == plan.context_tokens
+    assert all(length.target_tokens == length.context_tokens for length in order.lengths)
     costs = [length.expected_s for length in order.lengths]
     assert costs == sorted(costs)
     if found[-1] > 2 * max(64, chunk):
@@ -99,8 +101,29 @@ def test_short_steps_predict_the_planned_one(profile, name):
     assert found.micro_s == pytest.approx(seconds, rel=0.2)
 
 
-def test_a_confirmed_step_is_the_plan():
+def test_a_trial_has_few_targets_only_where_every_window_has_few():
+    alone = {"dataset.whole_share": 0.0, "dataset.commit_share": 0.0}
+    plan, place = made(machine(24), "phi-2", context_tokens=8192, settings=alone)
+    assert plan.choices["dataset.fim_share"].value == 0
+    assert trial.order(plan, place).lengths[-1].target_tokens == plan.target_tokens == 2048
+
+
+def test_a_step_with_the_most_targets_is_taken_down_to_the_mixs_mean():
+    """Micro-batches of the run have fewer labels than the trial's, by as much as the head's operations."""
     plan, place = made(machine(24), "phi-2", context_tokens=8192)
+    values = trial.plan_values(plan)
+    measured = taken(plan, place, linear=2.0, attention=2.0)
+    found = trial.fit(measured, plan, place)
+    full, mixed = (sum(fitting.parts_s(place.base.shape, values, place.profile, targets))
+                   for targets in (8192, 0))
+    assert mixed < 0.99 * full
+    assert found.micro_s == pytest.approx(measured.steps[-1].seconds[0] * mixed / full, rel=1e-3)
+    assert found.device_bytes == measured.steps[-1].peak_bytes
+
+
+def test_a_confirmed_step_is_the_plan():
+    plan, place = made(machine(24), "phi-2", context_tokens=8192,
+                       settings={"dataset.whole_share": 0.0, "dataset.commit_share": 0.0})
     measured = taken(plan, place)
     after = trial.calibrated(plan, measured, place)
     assert after.memory.device_bytes == measured.steps[-1].peak_bytes
@@ -109,7 +132,9 @@ def test_a_confirmed_step_is_the_plan():
     accumulation = after.choices["training.accumulation"].value
     assert after.step_s == pytest.approx(accumulation * measured.steps[-1].seconds[0] + 0.5, rel=0.01)
     saves = (after.steps - 1) // after.choices["training.save_steps"].value
-    assert after.total_s == pytest.approx(after.steps * after.step_s + 7.0 + 2 * 3.0 + (2 + saves) * 1.0)
+    curve_s = timing.curve_windows(trial.plan_values(after)) * measured.steps[-1].seconds[0] / 3
+    assert after.total_s == pytest.approx(
+        after.steps * after.step_s + 7.0 + 2 * 3.0 + (2 + saves) * 1.0 + curve_s, rel=1e-4)
     for name, expected in (("device_bytes", after.memory.device_bytes), ("step_s", after.step_s),
                            ("total_s", after.total_s)):
         found = after.ranges[name]

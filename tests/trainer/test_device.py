@@ -125,12 +125,19 @@ def test_a_warm_up_runs_whole_windows_forward_and_backward_and_leaves_no_trace()
 
 def test_only_the_targets_of_a_made_up_window_have_a_loss():
     model = tiny_llama()
-    ids, labels = device_settings._window(config_of(dataset__target_tokens=5), model, 0)
+    few = {"dataset__fim_share": 0.0, "dataset__whole_share": 0.0, "dataset__commit_share": 0.0}
+    ids, labels = device_settings._window(config_of(dataset__target_tokens=5, **few), model, 0)
     assert ids.shape == labels.shape == (2, 16)
     assert (labels[:, :11] == -100).all()
     assert torch.equal(labels[:, 11:], ids[:, 11:])
     assert int(ids.max()) < VOCAB
     assert not torch.equal(ids, device_settings._window(config_of(), model, 1)[0])
+
+
+def test_a_made_up_window_has_the_most_targets_that_the_mix_makes():
+    ids, labels = device_settings._window(config_of(dataset__target_tokens=5, dataset__whole_share=0.1),
+                                          tiny_llama(), 0)
+    assert torch.equal(labels, ids)
 
 
 def test_by_default_nothing_is_warmed_up_and_the_streamed_step_never():

@@ -38,7 +38,7 @@ class FakeStore:
     def count(self, split):
         return len(self._windows)
 
-    def window(self, split, index):
+    def window(self, split, index, seed=0, epoch=0, context_limit=None):
         return self._windows[index]
 
     def order(self, seed, epoch):

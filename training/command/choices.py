@@ -21,8 +21,8 @@ Switch = Optional[bool]  # noqa: UP045
 Number = Optional[float]  # noqa: UP045
 Words = Optional[list[str]]  # noqa: UP045
 # The flags that name a configuration key; `--set` and `--config` name the same ones.
-FLAG_KEYS = {"repo": "dataset.repo", "model_name": "run.name", "base_model": "model.base",
-             "context": "dataset.context_tokens", "epochs": "training.epochs", "seed": "run.seed"}
+FLAG_KEYS = {"model_name": "run.name", "base_model": "model.base", "context": "dataset.context_tokens",
+             "epochs": "training.epochs", "seed": "run.seed"}
 
 
 def value(text: str, metavar: str) -> Any:
@@ -39,7 +39,7 @@ def flag(name: str, text: str) -> Any:
 class Choices:
     """The flags of a run as they were given. None: not given."""
 
-    repo: Annotated[Text, value("What to train on.", "DIR|GIT-URL")] = None
+    repo: Annotated[Words, value("What to train on; repeatable.", "DIR|GIT-URL")] = None
     output: Annotated[Text, value("The run directory; runs/<model-name> if not given.", "DIR")] = None
     model_name: Annotated[Text, value("Name of the model; the repository's if not given.", "NAME")] = None
     epochs: Annotated[Whole, value("Passes over the training windows.", "N")] = None
@@ -54,24 +54,26 @@ class Choices:
     set: Annotated[Words, value("One configuration key; repeatable.", "KEY=VALUE")] = None
 
 
-def with_choices(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a Typer command one option for each field of Choices; it gets them as its argument `choices`."""
-    own = inspect.signature(command, eval_str=True)
-    named = inspect.Parameter.KEYWORD_ONLY
-    fields = [inspect.Parameter(field.name, named, default=None, annotation=field.type)
-              for field in dataclasses.fields(Choices)]
-    rest = [each.replace(kind=named) for each in own.parameters.values()
-            if each.name != "choices"]
+def with_choices(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a Typer command one option for each field of Choices (or only those named); it gets them as its
+    argument `choices`."""
+    def dressed(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(command, eval_str=True)
+        named = inspect.Parameter.KEYWORD_ONLY
+        fields = [inspect.Parameter(field.name, named, default=None, annotation=field.type)
+                  for field in dataclasses.fields(Choices) if not names or field.name in names]
+        rest = [each.replace(kind=named) for each in own.parameters.values() if each.name != "choices"]
 
-    def called(**given: Any) -> Any:
-        own_values = {field.name: given.pop(field.name) for field in fields}
-        own_values["set"] = own_values["set"] or None  # Typer gives an empty list
-        chosen = Choices(**own_values)
-        return command(choices=chosen, **given)
-    called.__doc__, called.__name__ = command.__doc__, command.__name__
-    called.__signature__ = own.replace(parameters=[*rest, *fields])  # type: ignore[attr-defined]
-    called.__annotations__ = {each.name: each.annotation for each in [*rest, *fields]}
-    return called
+        def called(**given: Any) -> Any:
+            own_values = {field.name: given.pop(field.name) for field in fields}
+            for repeated in ("repo", "set"):
+                own_values[repeated] = own_values[repeated] or None  # Typer gives an empty list
+            return command(choices=Choices(**own_values), **given)
+        called.__doc__, called.__name__ = command.__doc__, command.__name__
+        called.__signature__ = own.replace(parameters=[*rest, *fields])  # type: ignore[attr-defined]
+        called.__annotations__ = {each.name: each.annotation for each in [*rest, *fields]}
+        return called
+    return dressed
 
 
 def refuse_early(context: typer.Context) -> None:
@@ -105,11 +107,10 @@ def _spoken(choices: Choices) -> tuple[dict[str, Any], list[EliteError]]:
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     found: list[EliteError] = []
-    for name, key in FLAG_KEYS.items():
-        if getattr(choices, name) is not None:
-            flag = "--" + name.replace("_", "-")
-            values[key], origin[key] = getattr(choices, name), f"{flag} {getattr(choices, name)}"
-            found += problems_in({key: values[key]}, flag)
+    for flag, key, given in _flags(choices):
+        told = " ".join(f"{flag} {each}" for each in (given if isinstance(given, list) else [given]))
+        values[key], origin[key] = given, told
+        found += problems_in({key: given}, flag)
     for text in choices.set or ():
         try:
             key, value = parse_assignment(text)
@@ -121,6 +122,17 @@ def _spoken(choices: Choices) -> tuple[dict[str, Any], list[EliteError]]:
         values[key], origin[key] = value, f"--set {text}"
         found += problems_in({key: value}, "--set")
     return values, found
+
+
+def _flags(choices: Choices) -> list[tuple[str, str, Any]]:
+    """(flag, its key, its value) of those given. The first repository is `dataset.repo`."""
+    found: list[tuple[str, str, Any]] = []
+    if choices.repo:
+        first, *others = choices.repo
+        found.append(("--repo", "dataset.repo", first))
+        found += [("--repo", "dataset.also", others)] if others else []
+    return found + [("--" + name.replace("_", "-"), key, getattr(choices, name))
+                    for name, key in FLAG_KEYS.items() if getattr(choices, name) is not None]
 
 
 def collect(found: list[EliteError], act: Callable[[], Any]) -> Any:

@@ -46,7 +46,8 @@ def fill(console: Console, given: Choices, fresh: bool) -> Choices:
             answers[name] = questions.ask(console, question, default, check)
         return str(answers.get(name, getattr(given, name)))
     found = places.find_repository(Path.cwd(), Path.home())
-    repo = ask("repo", "Repository, folder or git URL", str(found[0]) if found else "", _repository)
+    repo = given.repo[0] if given.repo else ask("repo", "Repository, folder or git URL",
+                                                str(found[0]) if found else "", _repository)
     if given.output is None:
         name = ask("model_name", "Name of the model",
                    places.free_path(places.RUNS / places.name_of(repo)).name, _folder_name)
@@ -56,6 +57,8 @@ def fill(console: Console, given: Choices, fresh: bool) -> Choices:
     ask("epochs", "Epochs (auto: by the size of the repository)", "auto", _epochs)
     if "epochs" in answers:
         answers["epochs"] = None if answers["epochs"] == "auto" else int(answers["epochs"])
+    if "repo" in answers:
+        answers["repo"] = [answers["repo"]]
     return dataclasses.replace(given, **answers)
 
 

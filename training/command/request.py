@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +15,25 @@ from training import models
 from training.command import places
 from training.command.choices import Choices, collect, settings_of
 from training.configuration import load_config
-from training.errors import CannotWrite, EliteError, MissingInput, UsageError, raise_all
+from training.dataset.sources import checkout
+from training.errors import EliteError, MissingInput, UsageError, raise_all
 from training.hardware import nvidia
 from training.manager.preflight import check_disk, check_output
 from training.manager.runs import list_runs
 from training.planning import situation, tiers
 from training.records import BaseModel, Gpu, HardwareProfile, Plan, RepositoryFacts, Request
 from training.rundir import RunDirectory, read_record
-from training.settings import Config, problems_in
+from training.settings import problems_in
 
 # The embedded model with its optimizer, two checkpoints, the dataset of a small repository and the log.
 LEAST_DISK_BYTES = 200 << 20
 MAX_NAME_BYTES = 200
 NO_REPOSITORY = RepositoryFacts(path="", name="", files=0, code_files=0, code_bytes=0, languages={})
 IDENTITY = ("dataset.repo", "run.name", "model.base")
-Survey = Callable[[str], RepositoryFacts]
+# Other repositories, as every later stage finds them from any folder.
+PLACES = ("dataset.also", "dataset.replay")
+# (repository or several, most bytes of a file) -> what they hold.
+Survey = Callable[..., RepositoryFacts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +53,13 @@ def check(choices: Choices, survey: Survey, fresh: bool = False, claim: bool = T
     Raises one EliteError, or Problems with all of them: usage first, then inputs, then the output.
     """
     settings, found = settings_of(choices)
-    found += _name_problems(choices, settings)
+    found += name_problems(choices, settings)
     inputs: list[EliteError] = []
     name = str(settings.get("model.base") or "auto")
     facts = instead if instead and not settings.get("dataset.repo") else None
-    repo = "" if facts else collect(inputs, lambda: _repository(settings))
-    facts = collect(inputs, lambda: survey(repo)) if repo else facts
+    repo = "" if facts else collect(inputs, lambda: repository(settings))
+    settings |= other_places(settings, inputs)
+    facts = surveyed(survey, repo, settings, inputs) if repo else facts
     base = collect(inputs, lambda: _likely_base(name)) or _farthest()
     output = _output(choices, settings, repo or "")
     request = _request(choices, settings, facts or NO_REPOSITORY, name, output)
@@ -62,6 +69,47 @@ def check(choices: Choices, survey: Survey, fresh: bool = False, claim: bool = T
     raise_all(found)
     assert facts is not None
     return Checked(request=request, facts=facts, output=output)
+
+
+def surveyed(survey: Survey, repo: str, settings: Mapping[str, Any],
+              found: list[EliteError]) -> RepositoryFacts | None:
+    """What all repositories hold. Each that cannot be read is a problem of its own."""
+    also = settings.get("dataset.also") or []
+    if problems_in({"dataset.also": also}):
+        also = []
+    missing: list[EliteError] = []
+    found_at = (collect(missing, functools.partial(_place, each)) for each in (repo, *also))
+    twice = [place for place, count in Counter(filter(None, found_at)).items() if count > 1]
+    missing += [UsageError(f"The repository {place} is given twice; leave one out.") for place in twice]
+    if missing:
+        found += missing
+        return None
+    limit = "dataset.max_file_bytes"
+    sound = limit in settings and not problems_in({limit: settings[limit]})
+    repos = [repo, *also] if also else repo
+    return collect(found, lambda: survey(repos, settings[limit]) if sound else survey(repos))
+
+
+def other_places(settings: Mapping[str, Any], found: list[EliteError]) -> dict[str, Any]:
+    """The other repositories by key, folders by their whole path: a run may be resumed from elsewhere."""
+    replay = settings.get("dataset.replay")
+    also = settings.get("dataset.also")
+    kept: dict[str, Any] = {}
+    if isinstance(replay, str) and replay:
+        kept["dataset.replay"] = collect(found, lambda: _place(replay)) or replay
+    if isinstance(also, list) and not problems_in({"dataset.also": also}):
+        kept["dataset.also"] = [_whole(each) for each in also]
+    return kept
+
+
+def _whole(repo: str) -> str:
+    """A folder's whole path; a URL, and what names nothing, as it is."""
+    return repo if not repo or checkout.is_url(repo) else str(Path(repo).expanduser().resolve())
+
+
+def _place(repo: str) -> str:
+    """A repository's URL, or its folder, which must be there. Raises UsageError or MissingInput."""
+    return checkout.check_url(repo) if checkout.is_url(repo) else str(checkout.locate(repo))
 
 
 def _request(choices: Choices, settings: Mapping[str, Any], facts: RepositoryFacts, base: str,
@@ -75,14 +123,15 @@ def _request(choices: Choices, settings: Mapping[str, Any], facts: RepositoryFac
                    settings={key: value for key, value in sound.items() if key not in IDENTITY})
 
 
-def _name_problems(choices: Choices, settings: Mapping[str, Any]) -> list[EliteError]:
+def name_problems(choices: Choices, settings: Mapping[str, Any]) -> list[EliteError]:
+    """A model name that cannot name a folder, and flags given empty."""
     found: list[EliteError] = []
     name = str(settings.get("run.name") or "")
     if set(name) & set("/\\\0") or name in (".", "..") or len(name.encode()) > MAX_NAME_BYTES:
         found.append(UsageError(f"The model name {name[:60]!r} cannot name a folder; use at most "
                                 f"{MAX_NAME_BYTES} bytes and no slash."))
     for flag in ("repo", "output", "model_name", "base_model"):
-        if getattr(choices, flag) == "":
+        if "" in (getattr(choices, flag), *(choices.repo or ()) * (flag == "repo")):
             found.append(UsageError(f"--{flag.replace('_', '-')} is empty; give a value or leave it out."))
     return found
 
@@ -125,7 +174,8 @@ def _planners_problems(request: Request, base: BaseModel, facts: RepositoryFacts
     return situation.build(request, machine, base, facts, tiers.load())[1]
 
 
-def _repository(settings: Mapping[str, Any]) -> str:
+def repository(settings: Mapping[str, Any]) -> str:
+    """The repository as it was named, else the one that is found. Raises MissingInput."""
     if settings.get("dataset.repo"):
         return str(settings["dataset.repo"])
     return str(places.default_repository(Path.cwd(), Path.home())[0])
@@ -157,7 +207,7 @@ def run_to_resume(choices: Choices, fresh: bool) -> Path:
 def _named_run(choices: Choices, settings: Mapping[str, Any]) -> Path:
     if choices.output or choices.model_name:
         return _output(choices, settings, "")
-    name = str(settings.get("run.name") or "") or places.name_of(_repository(settings))
+    name = str(settings.get("run.name") or "") or places.name_of(repository(settings))
     for info in list_runs(places.RUNS):
         if info.name == name or (info.name.startswith(name + "-") and info.name[len(name) + 1:].isdigit()):
             return Path(info.path)
@@ -177,36 +227,13 @@ def _differences(choices: Choices, settings: Mapping[str, Any], path: Path) -> l
 
 
 def _comparable(key: str, value: Any) -> Any:
-    if key == "dataset.repo" and "://" not in value:
-        return str(Path(value).expanduser().resolve())
+    if key == "dataset.repo":
+        return str(checkout.locate(value, refresh=False)) if checkout.is_url(value) else _whole(value)
+    if key in PLACES:
+        return [_whole(each) for each in value] if isinstance(value, list) else _whole(value)
     if key == "model.base":
         try:
             return models.resolve(str(value)).location
         except EliteError:
             return value
     return value
-
-
-def dataset_config(repo: str, context_tokens: int, output: str, survey: Survey) -> tuple[Config, Path]:
-    """What `dataset` makes alone, and the folder for it. Raises every problem at once."""
-    found = problems_in({"dataset.context_tokens": context_tokens}, "--context")
-    facts = collect(found, lambda: survey(repo or str(places.default_repository(Path.cwd(), Path.home())[0])))
-    name = places.name_of(facts.path) if facts else "dataset"
-    folder = Path(output).expanduser() if output else places.free_path(places.RUNS / f"{name}-dataset")
-    collect(found, lambda: _check_folder(folder))
-    collect(found, lambda: check_disk(folder, LEAST_DISK_BYTES // 2, "The dataset"))
-    raise_all(found)
-    table = tiers.load()
-    tier = tiers.tier_of(context_tokens, table)
-    target = table[tier - 1].target_tokens if tier else context_tokens
-    return Config({"dataset.repo": facts.path, "dataset.context_tokens": context_tokens,
-                   "dataset.target_tokens": target, "run.name": name}), folder
-
-
-def _check_folder(folder: Path) -> None:
-    """An earlier dataset may be replaced, anything else may not."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
-        raise CannotWrite(f"{folder} exists and holds no dataset; nothing in it is touched. Choose another "
-                          "--output.")
-    if not folder.is_dir():
-        check_output(folder, resume=False, fresh=False)

@@ -17,8 +17,8 @@ LIMITS = {"device_memory": "device", "host_memory": "host", "disk": "disk", "hou
 # Shown whatever their source; the rest of the choices only when the user or a measurement set them.
 MAIN_KEYS = ("model.quantization", "training.epochs", "training.learning_rate", "deepspeed.stage")
 # In the opening line, the hardware, the headline or the row of the step.
-SAID_BEFORE = ("run.name", "dataset.repo", "dataset.context_tokens", "dataset.target_tokens", "model.base",
-               "device.kind", "device.count", "device.gpus", "stream.chunk_tokens")
+SAID_BEFORE = ("run.name", "dataset.repo", "dataset.also", "dataset.context_tokens", "dataset.target_tokens",
+               "model.base", "device.kind", "device.count", "device.gpus", "stream.chunk_tokens")
 COLOURS = ("black on cyan", "black on green", "black on yellow", "black on magenta", "black on blue",
            "black on white", "black on red", "black on bright_cyan")
 LEAST_SHARE = 0.02               # of the whole bar; smaller terms are drawn together as others
@@ -31,7 +31,7 @@ NAMES = {"device_bytes": "device memory", "step_s": "a step", "total_s": "the wh
 def plan(console: Console, made: Plan) -> None:
     """Window and length, memory against its limits, each tier's verdicts, and the choices that count."""
     tier = f"Tier {made.tier}" if made.tier else "Below tier 1"
-    note(console, f"{tier}: windows of {made.context_tokens:,} tokens, {made.target_tokens:,} of "
+    note(console, f"{tier}: windows of {made.context_tokens:,} tokens, {_targets(made)} of "
                   f"them trained on; {made.steps:,} steps of {span(made.step_s)}, {span(made.total_s)} in "
                   "all.", "head")
     _reason(console, made)
@@ -42,6 +42,14 @@ def plan(console: Console, made: Plan) -> None:
     _estimates(console, made)
     for text in made.notes:
         note(console, text, "warn")
+
+
+def _targets(made: Plan) -> str:
+    """Trained tokens of a window: those of a cross-file one, and of one in which all are, where some are."""
+    shares = [made.choices[f"dataset.{name}"].value for name in ("fim_share", "whole_share", "commit_share")
+              if f"dataset.{name}" in made.choices]
+    some = any(shares) and made.target_tokens < made.context_tokens
+    return f"{made.target_tokens:,}" + (" or all" if some else "")
 
 
 def _reason(console: Console, made: Plan) -> None:

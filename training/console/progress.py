@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from types import TracebackType
 
@@ -12,19 +13,42 @@ from training.console.theme import plain, span
 
 PIPE_INTERVAL_S = 5.0
 SAME_LINE_INTERVAL_S = 30.0
-WORDS = {"profile": "measuring", "read": "reading", "redact": "looking for secrets", "encode": "tokenizing",
-         "write": "writing", "import": "loading libraries", "load": "loading the model",
+WORDS = {"profile": "measuring", "list": "listing files", "read": "reading",
+         "split": "choosing what is held out", "tokenizer": "making the tokenizer", "encode": "tokenizing",
+         "windows": "making windows", "write": "writing", "import": "loading libraries",
+         "load": "loading the model",
          "compile_ops": "compiling DeepSpeed's op", "evaluate_before": "evaluating the untrained weights",
          "evaluate_after": "evaluating after", "train": "training", "save": "saving",
          "export": "writing the model", "download": "downloading", "preflight": "checking",
          "start": "starting"}
 
 
+# Counts in the details of these phases get a rate beside them: `1,204 files, 18.3 MB`.
+RATED = ("read", "encode", "windows")
+_COUNT = re.compile(r"([\d,]+(?:\.\d+)?) (files|MB|tokens|windows)\b")
+
+
 class Pace:
-    """The time left of one phase, from the share done since it began."""
+    """The time left of one phase, from the share done since it began, and the rates of what its details
+    count."""
 
     def __init__(self, now_s: float):
         self.began_s = now_s
+
+    def rated(self, detail: str, now_s: float) -> str:
+        """The detail with a rate after each count, once there is a second to judge by.
+
+        >>> Pace(0.0).rated("1,204 files, 18.3 MB", 4.0)
+        '1,204 files (301/s), 18.3 MB (4.6/s)'
+        """
+        elapsed_s = now_s - self.began_s
+        if elapsed_s <= 1.0:
+            return detail
+
+        def beside(match: re.Match[str]) -> str:
+            rate = float(match[1].replace(",", "")) / elapsed_s
+            return f"{match[0]} ({rate:,.0f}/s)" if rate >= 10 else f"{match[0]} ({rate:.1f}/s)"
+        return _COUNT.sub(beside, detail)
 
     def left_s(self, done: int, total: int, now_s: float) -> float | None:
         """Seconds left, or None while there is nothing to judge by."""
@@ -37,9 +61,13 @@ def line_of(phase: str, done: int, total: int, detail: str, left_s: float | None
 
     >>> line_of("train", 3, 10, "loss 3.21", 12.0)
     'training 3/10, loss 3.21, 12.0 s left'
+    >>> line_of("read", 1204, 1758, "1,204 files (301/s)", 1.8)
+    'reading 68 %, 1,204 files (301/s), 1.8 s left'
     """
     word = WORDS.get(phase, phase)
-    count = f" {done:,}/{total:,}" if total else ""
+    count = f" {done:,}/{total:,}" if total > 1 else ""
+    if total and detail.startswith(f"{done:,} "):
+        count = f" {100 * done / total:.0f} %"
     return ", ".join(part for part in (word + count, *_beside(word, detail, left_s)) if part)
 
 
@@ -54,7 +82,7 @@ class ProgressView:
 
     def __init__(self, console: Console):
         self.console = console
-        self.phase = ""
+        self.phase, self.done = "", 0
         self.pace = Pace(0.0)
         self.shown, self.shown_s = "", 0.0
         self.task: TaskID | None = None
@@ -74,9 +102,12 @@ class ProgressView:
         """Show where the work is; `total` 0: not known."""
         now_s = time.monotonic()
         changed = phase != self.phase
-        if changed:
+        if changed or done < self.done:     # the next repository is read from its beginning
             self.phase, self.pace = phase, Pace(now_s)
+        self.done = done
         left_s = self.pace.left_s(done, total, now_s)
+        if phase in RATED:
+            detail = self.pace.rated(detail, now_s)
         if self.bars is not None:
             self._draw(changed, done, total, detail, left_s)
         elif changed or now_s - self.shown_s >= PIPE_INTERVAL_S:

@@ -9,6 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from training.console.manifests import dataset as dataset
+from training.console.manifests import manifest as manifest
+from training.console.manifests import windows as windows
 from training.console.outlooks import outlook as outlook
 from training.console.parts import heading as heading
 from training.console.parts import note as note
@@ -31,7 +34,9 @@ def opening(console: Console, facts: RepositoryFacts, request: Request) -> None:
     total = sum(facts.languages.values()) or 1
     top = sorted(facts.languages.items(), key=lambda item: -item[1])[:4]
     languages = ", ".join(f"{name} {100 * size / total:.0f} %" for name, size in top)
-    note(console, f"{facts.path}: {facts.code_files:,} of {facts.files:,} files accepted, "
+    also = len(request.settings.get("dataset.also", ()))
+    more = f" and {also} more {'repositories' if also > 1 else 'repository'}" if also else ""
+    note(console, f"{facts.path}{more}: {facts.code_files:,} of {facts.files:,} files accepted, "
                   f"{facts.code_bytes / 1e6:,.2f} MB; {languages}.")
 
 
@@ -128,34 +133,6 @@ def configuration(console: Console, path: Path, old: Path | None) -> None:
     note(console, f"config.yaml, ds_config.json, plan.json and hardware.json are in {path}.")
 
 
-def dataset(console: Console, manifest: Mapping[str, Any]) -> None:
-    """What went into the windows, what was left out, and why."""
-    files, tokens, windows = (_part(manifest, name) for name in ("files", "tokens", "windows"))
-    note(console, f"{files.get('accepted', 0):,} of {files.get('seen', 0):,} files; "
-                  f"{tokens.get('total', 0):,} tokens, {tokens.get('trained_per_epoch', 0):,} trained on in "
-                  f"an epoch; {windows.get('train', 0):,} windows to train, "
-                  f"{windows.get('held_out', 0):,} held out.")
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in _part(files, "dropped").items())
-    if dropped:
-        note(console, f"Left out: {dropped}.", "quiet")
-    coverage = ", ".join(f"{100 * share:.0f} % at {context}"
-                         for context, share in _part(manifest, "dependency_coverage").items()
-                         if isinstance(share, int | float))
-    if coverage:
-        note(console, f"Imports whose source is in the same window: {coverage}.", "quiet")
-    if manifest.get("secrets_replaced"):
-        note(console, f"Secrets replaced before training: {_count(manifest['secrets_replaced'])}.", "warn")
-
-
-def _part(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = data.get(name)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _count(value: Any) -> str:
-    return f"{sum(value.values()):,}" if isinstance(value, Mapping) else f"{value:,}"
-
-
 def result(console: Console, summary: Mapping[str, Any]) -> None:
     """The last table: predicted beside measured, before beside after, a completion, how to load the model."""
     good = summary.get("state") == "done"
@@ -173,6 +150,8 @@ def result(console: Console, summary: Mapping[str, Any]) -> None:
         table.add_row(plain(row["name"]), row["before"], row["after"], row["change"],
                       plain(row["verdict"], style))
     show(console, table)
+    if summary.get("context"):
+        note(console, str(summary["context"]), "quiet")
     if summary.get("sample"):
         _sample(console, summary["sample"])
     _loading(console, summary)

@@ -1,44 +1,26 @@
-"""Stage 4: `DatasetGenerator` turns a repository into a folder of windows.
+"""Stage 4: `DatasetGenerator` turns repositories into a folder of windows.
 
-read -> redact -> split -> tokenizer -> encode -> windows -> write aside, rename
+list -> read, redact, analyse -> split -> tokenizer -> encode -> windows -> write aside, rename
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import posixpath
-from collections import Counter
+import os
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from training.dataset.sources import checkout, repository, secrets
+from training.dataset import corpus as corpora
+from training.dataset import describing, making
 from training.dataset import tokenizer as tokenizers_
-from training.dataset.completions import completion_spans
-from training.dataset.composer import Composer, Window, coverage
-from training.dataset.documents import Document, TokenPool, add_marks, lay_out
-from training.dataset.structure.edges import import_edges
-from training.dataset.sources.repository import SourceFile, Survey
-from training.dataset.split import leakage, split
+from training.dataset.corpus import Corpus, Place, Spool
+from training.dataset.sources import checkout, history, repository
 from training.dataset.staging import aside_of, replace
-from training.dataset.store import (
-    FORMAT,
-    SPLITS,
-    WindowStore,
-    content_digest,
-    file_sizes,
-    write_json,
-    write_tokens,
-    write_windows,
-)
-from training.dataset.structure.syntax import skeleton
+from training.dataset.store import FORMAT, WindowStore
 from training.dataset.tokenizer import Coder
-from training.dataset.windows import Layout, Text, composed_windows, packed_windows, slices
 from training.errors import EliteError, UsageError
 from training.records import BaseModel, RepositoryFacts
 from training.rundir import RunDirectory
@@ -46,43 +28,19 @@ from training.settings import Config
 
 Progress = Callable[[str, int, int, str], None]
 MIN_CONTEXT_TOKENS = 2        # a header token, which nothing predicts, and one target
-HEAD_LINES, HEAD_README_CHARACTERS = 400, 1_500
-EXAMPLES = 3                  # paths shown per reason
-_SETTINGS = ("dataset.context_tokens", "dataset.target_tokens", "dataset.held_out_share", "dataset.fim_share",
-             "dataset.max_file_bytes", "embedded.vocab_tokens", "model.base", "model.revision", "run.seed")
+TOLD_EVERY_S = 0.1
+_SETTINGS = ("dataset.context_tokens", "dataset.target_tokens", "dataset.held_out_share", "dataset.split",
+             "dataset.fim_share", "dataset.whole_share", "dataset.fim_rate", "dataset.commit_share",
+             "dataset.replay_share", "dataset.max_file_bytes", "embedded.vocab_tokens", "model.base",
+             "model.revision", "run.seed")
 
 
 def _silent(phase: str, done: int, total: int, detail: str) -> None:
     """Progress that nobody watches."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Corpus:
-    """Redacted text of both sides. `continued`: the one file is on both, cut in two."""
-
-    train: list[SourceFile]
-    held_out: list[SourceFile]
-    findings: tuple[secrets.Finding, ...]
-
-    @property
-    def continued(self) -> bool:
-        """Whether the held-out text goes on where the training text ends."""
-        return len(self.train) == len(self.held_out) == 1 and self.train[0].path == self.held_out[0].path
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Built:
-    """Everything that goes to disk, still in memory."""
-
-    coder: Coder
-    layout: Layout
-    ids: np.ndarray
-    windows: dict[str, list[Window]]
-    documents: dict[str, list[Document]]
-
-
 class DatasetGenerator:
-    """Writes `<output>/dataset/` from the repository that the configuration names.
+    """Writes `<output>/dataset/` from the repositories that the configuration names.
 
     `base` carries the FIM sentinels and the location of the base model; without it no target is infilled
     unless the model is the embedded one. `folder` overrides where the dataset itself is written.
@@ -94,18 +52,26 @@ class DatasetGenerator:
         self.folder = Path(folder) if folder else RunDirectory(Path(output)).dataset
 
     @staticmethod
-    def survey(repo: str, max_file_bytes: int = repository.DEFAULT_MAX_FILE_BYTES) -> RepositoryFacts:
-        """What the repository holds, without tokenizing it. `languages`: bytes of accepted text by language.
+    def survey(repos: Sequence[str] | str,
+               max_file_bytes: int = repository.DEFAULT_MAX_FILE_BYTES) -> RepositoryFacts:
+        """What the repositories hold, before any token. `languages`: bytes of accepted text by language.
 
         Raises UsageError, MissingInput, or DataError with the count of each reason when nothing can be
         trained on.
         """
-        found = repository.survey(checkout.locate(repo), max_file_bytes)
-        return RepositoryFacts(path=str(found.root), name=found.name,
-                               files=len(found.sources) + len(found.dropped),
-                               code_files=len(found.sources),
-                               code_bytes=sum(item.bytes for item in found.sources),
-                               languages=_languages(found.sources))
+        named = [repos] if isinstance(repos, str) else list(repos)
+        places = [_place(repo, refresh=True, several=len(named) > 1) for repo in named]
+        counts, seen = repository.Counts(), set[bytes]()
+        for place in places:
+            counts.dropped.update(item.reason for item in place.listing.dropped)
+            for found in repository.read_all(place.listing, max_file_bytes):
+                counts.add(repository.unless_seen(found, seen))
+        root = places[0].listing.root
+        repository.check(root, counts)
+        languages = dict(sorted(counts.languages.items(), key=lambda item: (-item[1], item[0])))
+        return RepositoryFacts(path=str(root), name=places[0].listing.name, files=counts.files,
+                               code_files=counts.accepted, code_bytes=counts.text_bytes, languages=languages,
+                               commits=sum(history.count(place.listing.root) for place in places))
 
     def generate(self, progress: Progress = _silent) -> dict[str, Any]:
         """Make the dataset, or return the one that is there for this very text and these settings.
@@ -115,223 +81,128 @@ class DatasetGenerator:
         if self.config["dataset.context_tokens"] < MIN_CONTEXT_TOKENS:
             raise UsageError(f"dataset.context_tokens is {self.config['dataset.context_tokens']}; "
                              f"the least is {MIN_CONTEXT_TOKENS}.")
-        root = checkout.locate(self.config["dataset.repo"], refresh=False)
-        found = repository.survey(root, self.config["dataset.max_file_bytes"],
-                                  lambda done, total: progress("read", done, total, "files"))
-        fingerprint = self._fingerprint(found)
-        if (existing := self._existing(fingerprint)) is not None:
+        progress("list", 0, 1, "")
+        named = [self.config["dataset.repo"], *self.config["dataset.also"]]
+        places = [_place(repo, refresh=False, several=len(named) > 1) for repo in named]
+        replay = [_place(self.config["dataset.replay"], refresh=False, several=True)
+                  ] if self.config["dataset.replay"] else []
+        if (existing := self._existing([*places, *replay])) is not None:
             return existing
-        corpus = self._corpus(found, progress)
-        with aside_of(self.folder, sum(item.bytes for item in found.sources)) as aside:
-            built = self._build(found, corpus, aside / "tokenizer", progress)
-            progress("write", 0, 1, "tokens")
-            manifest = _describe(found, corpus, built) | {
-                "fingerprint": fingerprint, "settings": _settings_of(self.config),
-                "repository": checkout.without_password(self.config["dataset.repo"])}
-            _write(aside, built, completion_spans(corpus.held_out, self.config["run.seed"]), manifest)
+        with aside_of(self.folder, _size_bytes([*places, *replay], self._most_bytes)) as aside:
+            spool_path = aside / "texts.spool"
+            spool = Spool(spool_path)
+            try:
+                manifest = self._make(places, replay, spool, aside, progress)
+            finally:
+                spool.close()
+                spool_path.unlink(missing_ok=True)
+            describing.seal(aside, manifest)
             replace(aside, self.folder)
         progress("write", 1, 1, "tokens")
         return WindowStore.open(self.folder).manifest
 
-    def samples(self, count: int) -> list[dict[str, Any]]:
-        """Evenly spread train windows of the finished dataset as text.
+    def _make(self, places: Sequence[Place], replay: Sequence[Place], spool: Spool, aside: Path,
+              progress: Progress) -> dict[str, Any]:
+        state = hashlib.sha256()
+        corpus, second = Corpus(spool=spool, state=state), Corpus(spool=spool, state=state)
+        for place in places:
+            self._read(corpus, place, progress)
+        repository.check(places[0].listing.root, corpus.counts())
+        for place in replay:
+            self._read(second, place, progress)
+        coder_of = self._coder_of(aside / "tokenizer")
+        made = making.Maker(config=self.config, base=self.base, places=places, corpus=corpus, replay=second,
+                            folder=aside, coder_of=coder_of, progress=progress).make()
+        return made | {"fingerprint": self._fingerprint(places, state), "settings": self._settings(),
+                       "repository": checkout.without_password(self.config["dataset.repo"])}
 
-        Keys: split, index, tokens, target_tokens, context, target, pieces [{text, trained}] in window order.
+    def _read(self, corpus: Corpus, place: Place, progress: Progress) -> None:
+        total, last = len(place.listing.names), [0.0]
+
+        def told(files: int, size_bytes: int, path: str) -> None:
+            now = time.monotonic()
+            if now - last[0] >= TOLD_EVERY_S or files == total:
+                last[0] = now
+                progress("read", files, total, f"{files:,} files, {size_bytes / 1e6:.1f} MB")
+
+        created = history.created(place.listing.root) if self.config["dataset.split"] != "cluster" else {}
+        corpora.read(corpus, place, self._most_bytes, created, told)
+
+    @property
+    def _most_bytes(self) -> int:
+        return int(self.config["dataset.max_file_bytes"])
+
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        """Train windows of the finished dataset as text, spread over kinds and places.
+
+        Keys: split, index, kind, path, tokens, target_tokens, context, target, pieces [{text, trained}].
         """
         store = WindowStore.open(self.folder)
         coder = tokenizers_.open_folder(self.folder / "tokenizer", {})
-        total = store.count("train")
-        chosen = sorted({round(place) for place in np.linspace(0, total - 1, min(count, total))})
-        return [_sample(store, coder, index) for index in chosen]
+        return [describing.sample(store, coder, index, self.config["run.seed"])
+                for index in describing.spread(store, count)]
 
     @property
     def _location(self) -> str:
-        return self.base.location if self.base else self.config["model.base"]
+        return self.base.location if self.base else str(self.config["model.base"])
 
-    def _fingerprint(self, found: Survey) -> str:
-        """sha256 over the accepted text, the settings and the base's tokenizer."""
-        state = hashlib.sha256(f"format {FORMAT}\0{found.name}\0".encode())
-        for source in found.sources:
-            state.update(hashlib.sha256(f"{source.path}\0{source.text}".encode()).digest())
-        dropped = sorted((item.path, item.reason) for item in found.dropped
-                         if item.reason != "ignored by rule")
+    def _settings(self) -> dict[str, Any]:
+        return {name: self.config[name] for name in _SETTINGS}
+
+    def _fingerprint(self, places: Sequence[Place], state: Any) -> str:
+        """sha256 over what was read (`state`), the commits it stands at, the settings and the tokenizer."""
         embedded = self._location == "embedded"
         tokenizer = "" if embedded else tokenizers_.digest_of(self._location, self.config["model.revision"])
-        fim = self.base.fim if self.base else {}
-        state.update(json.dumps([dropped, tokenizer, fim, _settings_of(self.config)],
-                                sort_keys=True).encode())
-        return state.hexdigest()
+        fim = [self.base.fim, self.base.fim_order] if self.base else []
+        stand = [[place.prefix, place.listing.name, place.commit] for place in places]
+        about = [FORMAT, stand, tokenizer, fim, self._settings()]
+        total = state.copy()
+        total.update(json.dumps(about, sort_keys=True).encode())
+        return str(total.hexdigest())
 
-    def _existing(self, fingerprint: str) -> dict[str, Any] | None:
+    def _existing(self, places: Sequence[Place]) -> dict[str, Any] | None:
+        """The manifest that is there, when the files read the same now."""
         try:
             store = WindowStore.open(self.folder)
         except EliteError:
             return None
+        state = hashlib.sha256()
+        for place in places:
+            for found in repository.read_all(place.listing, self._most_bytes):
+                corpora.stamp(state, place.prefix, found)
+        replay = bool(self.config["dataset.replay"])
+        fingerprint = self._fingerprint(places[:-1] if replay else places, state)
         return store.manifest if store.manifest.get("fingerprint") == fingerprint else None
 
-    def _corpus(self, found: Survey, progress: Progress) -> _Corpus:
-        clean: list[SourceFile] = []
-        findings: list[secrets.Finding] = []
-        for index, source in enumerate(found.sources):
-            text, secret = secrets.redact(source.text, source.path)
-            clean.append(SourceFile(path=source.path, language=source.language, kind=source.kind, text=text))
-            findings += secret
-            if index % 16 == 0:
-                progress("redact", index, len(found.sources), f"{len(findings)} secrets")
-        train, held_out = split(clean, self.config["dataset.held_out_share"], self.config["run.seed"])
-        return _Corpus(train=train, held_out=held_out, findings=tuple(findings))
+    def _coder_of(self, folder: Path) -> Callable[[Sequence[str]], Coder]:
+        """Sample texts -> the tokenizer, written to `folder`."""
+        def embedded(texts: Sequence[str]) -> Coder:
+            return tokenizers_.train_embedded(texts, self.config["embedded.vocab_tokens"],
+                                              self.config["run.seed"], folder)
 
-    def _coder(self, corpus: _Corpus, folder: Path) -> Coder:
-        if self._location == "embedded":
-            return tokenizers_.train_embedded([source.text for source in corpus.train],
-                                              self.config["embedded.vocab_tokens"], self.config["run.seed"],
-                                              folder)
-        return tokenizers_.load_base(self._location, self.config["model.revision"],
-                                     self.base.fim if self.base else {}, folder)
-
-    def _build(self, found: Survey, corpus: _Corpus, tokenizer_folder: Path, progress: Progress) -> _Built:
-        progress("tokenizer", 0, 1, self._location)
-        coder = self._coder(corpus, tokenizer_folder)
-        progress("encode", 0, 1, "")
-        pool = TokenPool()
-        context = self.config["dataset.context_tokens"]
-        layout = Layout(context_tokens=context, target_tokens=self.config["dataset.target_tokens"],
-                        fim_share=self.config["dataset.fim_share"], seed=self.config["run.seed"],
-                        marks=add_marks(coder, pool))
-        documents = {"train": lay_out(coder, pool, corpus.train, context, ended=not corpus.continued),
-                     "held_out": lay_out(coder, pool, corpus.held_out, context)}
-        head = (0, 0)
-        if not layout.packed:
-            documents["train"] = _add_skeletons(coder, pool, corpus.train, documents["train"])
-            head = _add_head(coder, pool, found.name, corpus.train)
-        ids = pool.array()
-        edges = import_edges([*corpus.train, *corpus.held_out], found.name)
-        composer = Composer(documents["train"], edges, layout.marks, context,
-                            np.flatnonzero(coder.ends_line[ids]), head)
-        windows = {}
-        for done, (name, sources) in enumerate((("train", corpus.train), ("held_out", corpus.held_out))):
-            progress("windows", done, len(SPLITS), name)
-            texts = _texts(coder, ids, sources, documents[name])
-            windows[name] = _windows(documents[name], texts, composer, layout)
-        return _Built(coder=coder, layout=layout, ids=ids, windows=windows, documents=documents)
+        def loaded(texts: Sequence[str]) -> Coder:
+            return tokenizers_.load_base(self._location, self.config["model.revision"],
+                                         self.base.fim if self.base else {}, folder)
+        return embedded if self._location == "embedded" else loaded
 
 
-def _texts(coder: Coder, ids: np.ndarray, sources: Sequence[SourceFile],
-           documents: Sequence[Document]) -> list[Text]:
-    texts = []
-    for source, document in zip(sources, documents, strict=True):
-        body = ids[document.body_start:document.body_start + document.body]
-        text_only = body[:-1] if document.ended else body
-        texts.append(Text(text=source.text, ends_line=coder.ends_line[body],
-                          token_bytes=coder.token_bytes[text_only]))
-    return texts
+def _place(repo: str, refresh: bool, several: bool) -> Place:
+    root = checkout.locate(repo, refresh=refresh)
+    listing = repository.list_repository(root)
+    head = checkout.run_git(["rev-parse", "HEAD"], root, checkout.LIST_TIMEOUT_S) if listing.is_git else None
+    commit = head.stdout.decode("ascii", "replace").strip() if head and not head.returncode else ""
+    return Place(named=checkout.without_password(repo), listing=listing,
+                 prefix=f"{listing.name}/" if several else "", commit=commit)
 
 
-def _windows(documents: Sequence[Document], texts: Sequence[Text], composer: Composer,
-             layout: Layout) -> list[Window]:
-    parts = slices(documents, texts, layout)
-    if layout.packed:
-        return packed_windows(documents, parts, composer.edges, layout)
-    return composed_windows(documents, parts, composer, layout)
-
-
-def _add_skeletons(coder: Coder, pool: TokenPool, sources: Sequence[SourceFile],
-                   documents: Sequence[Document]) -> list[Document]:
-    texts = [skeleton(source.text, source.language) if source.kind == "code" else "" for source in sources]
-    out = []
-    for document, ids in zip(documents, coder.encode(texts), strict=True):
-        place = (pool.add(ids), len(ids)) if len(ids) else (0, 0)
-        out.append(dataclasses.replace(document, skeleton=place))
-    return out
-
-
-def _add_head(coder: Coder, pool: TokenPool, name: str, sources: Sequence[SourceFile]) -> tuple[int, int]:
-    """The repository's name, README and list of files as tokens: (start, length)."""
-    readmes = sorted((source.path.count("/"), source.path, source.text) for source in sources
-                     if posixpath.basename(source.path).lower().startswith("readme"))
-    readme = readmes[0][2][:HEAD_README_CHARACTERS] + "\n" if readmes else ""
-    paths = "\n".join(source.path for source in sources[:HEAD_LINES])
-    ids = coder.encode([f"# repository: {name}\n{readme}{paths}\n"])[0]
-    return pool.add(ids), len(ids)
-
-
-def _languages(sources: Sequence[SourceFile]) -> dict[str, int]:
-    sizes: Counter[str] = Counter()
-    for source in sources:
-        sizes[source.language] += source.bytes
-    return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _examples(found: Survey) -> dict[str, list[str]]:
-    """A few paths per reason."""
-    examples: dict[str, list[str]] = {}
-    for item in found.dropped:
-        if len(paths := examples.setdefault(item.reason, [])) < EXAMPLES:
-            paths.append(item.path)
-    return examples
-
-
-def _describe(found: Survey, corpus: _Corpus, built: _Built) -> dict[str, Any]:
-    """The manifest's account of what became of each file and token."""
-    bodies = {name: sum(item.body for item in documents) for name, documents in built.documents.items()}
-    trained = {name: sum(segment.length for window in windows for segment in window.segments
-                         if segment.trained)
-               for name, windows in built.windows.items()}
-    marks = {name: sum(segment.trained and segment.start == built.layout.marks.eos
-                       for window in windows for segment in window.segments)
-             for name, windows in built.windows.items()}
-    parts = {name: [built.ids[item.body_start:item.body_start + item.body] for item in documents]
-             for name, documents in built.documents.items()}
-    return {
-        "format": FORMAT, "name": found.name,
-        "regime": "packed" if built.layout.packed else "composed",
-        "files": {"seen": len(found.sources) + len(found.dropped), "accepted": len(found.sources),
-                  "dropped": found.reasons, "examples": _examples(found), "train": len(corpus.train),
-                  "held_out": len(corpus.held_out)},
-        "languages": _languages(found.sources),
-        "bytes": {name: sum(item.bytes for item in side)
-                  for name, side in (("train", corpus.train), ("held_out", corpus.held_out))},
-        "tokens": {"total": sum(bodies.values()), **bodies, "trained_per_epoch": trained["train"],
-                   "infill_ends": marks["train"],
-                   "lost": bodies["train"] - trained["train"] + marks["train"]},
-        "windows": {name: len(windows) for name, windows in built.windows.items()},
-        "window_tokens": {name: sum(window.length for window in windows) for name,
-                          windows in built.windows.items()},
-        "dependency_coverage": coverage(built.windows["train"], built.layout.context_tokens),
-        "dependencies": sum(len(window.dependencies) for window in built.windows["train"]),
-        "infilled": bool(built.coder.fim) and built.layout.infills,
-        "secrets_replaced": len(corpus.findings),
-        "secrets": [dataclasses.asdict(finding) for finding in corpus.findings],
-        "leakage": leakage(parts["held_out"], parts["train"]),
-    }
-
-
-def _settings_of(config: Config) -> dict[str, Any]:
-    return {name: config[name] for name in _SETTINGS}
-
-
-def _write(folder: Path, built: _Built, spans: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
-    dtype = write_tokens(folder, built.ids, built.coder.vocab_tokens)
-    for name, windows in built.windows.items():
-        write_windows(folder, name, [window.segments for window in windows])
-    np.save(folder / "token_bytes.npy", built.coder.token_bytes)
-    write_json(folder / "completions.json", spans)
-    sizes = file_sizes(folder)
-    manifest["store"] = {"files": sizes, "dtype": dtype, "vocab_tokens": built.coder.vocab_tokens,
-                         "pad_id": built.coder.pad_id, "eos_id": built.coder.eos_id,
-                         "context_tokens": built.layout.context_tokens}
-    manifest["completions"] = len(spans)
-    manifest["digest"] = content_digest(folder, sizes)
-    write_json(folder / "manifest.json", manifest)
-
-
-def _sample(store: WindowStore, coder: Coder, index: int) -> dict[str, Any]:
-    ids, labels = store.window("train", index)
-    pieces: list[dict[str, Any]] = []
-    position = 0
-    for _, length, trained in store.segments("train", index):
-        pieces.append({"text": coder.decode(ids[position:position + length]), "trained": bool(trained)})
-        position += int(length)
-    return {"split": "train", "index": index, "tokens": len(ids), "target_tokens": int((labels >= 0).sum()),
-            "context": "".join(piece["text"] for piece in pieces if not piece["trained"]),
-            "target": "".join(piece["text"] for piece in pieces if piece["trained"]), "pieces": pieces}
+def _size_bytes(places: Sequence[Place], most_bytes: int) -> int:
+    """Bytes on disk of all listed files that are not too large to be read."""
+    total = 0
+    for place in places:
+        for name in place.listing.names:
+            try:
+                size = os.lstat(os.path.join(place.listing.root, name)).st_size
+            except (OSError, ValueError):
+                continue
+            total += size if size <= most_bytes else 0
+    return total

@@ -6,6 +6,8 @@ import bisect
 from collections import defaultdict
 from collections.abc import Sequence
 
+FULL_SHARE = 0.999
+
 
 def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of item indices; no bin's sizes add up to more than `capacity`, every item is in exactly one.
@@ -34,14 +36,20 @@ def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 def pack_related(sizes: Sequence[int], groups: Sequence[str], capacity: int) -> list[list[int]]:
     """Best-fit-decreasing in two rounds, so that items of one group (a folder) share bins where they can.
 
-    First each group is packed by itself; then what it filled is packed as whole items into the final bins.
+    First each group is packed by itself; bins that this fills to `FULL_SHARE` stay, the items of all others
+    are packed again without regard to groups.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         members[group].append(index)
-    partial = [[items[index] for index in chosen]
-               for _, items in sorted(members.items())
-               for chosen in best_fit_decreasing([sizes[item] for item in items], capacity)]
-    totals = [sum(sizes[item] for item in chosen) for chosen in partial]
-    return [[item for index in chosen for item in partial[index]]
-            for chosen in best_fit_decreasing(totals, capacity)]
+    full: list[list[int]] = []
+    rest: list[int] = []
+    for _, items in sorted(members.items()):
+        for chosen in best_fit_decreasing([sizes[item] for item in items], capacity):
+            found = [items[index] for index in chosen]
+            if sum(sizes[item] for item in found) >= FULL_SHARE * capacity:
+                full.append(found)
+            else:
+                rest += found
+    again = best_fit_decreasing([sizes[item] for item in rest], capacity)
+    return full + [[rest[index] for index in chosen] for chosen in again]

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,7 @@ def aside_of(target: Path, text_bytes: int) -> Iterator[Path]:
     if target.exists() and not is_replaceable(target):
         raise CannotWrite(f"{target} exists and is no dataset; choose another `--output` or remove it.")
     aside: Path | None = None
+    new_parent = not target.parent.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
@@ -39,6 +40,9 @@ def aside_of(target: Path, text_bytes: int) -> Iterator[Path]:
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+        if new_parent:
+            with suppress(OSError):     # what is not empty stays
+                target.parent.rmdir()
 
 
 def is_replaceable(target: Path) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from training.errors import EliteError
-from training.manager import forecast
-from training.manager.monitor import clock, number, read_rows
+from training.manager import contexts, forecast
+from training.manager.monitor import clock, number, part, read_rows
 from training.records import GIB
 from training.rundir import RunDirectory, read_data
 
@@ -63,12 +62,6 @@ def _mapping(path: Path) -> dict[str, Any]:
     except EliteError:
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def part(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A mapping inside a mapping, or an empty one."""
-    value = data.get(name)
-    return value if isinstance(value, dict) else {}
 
 
 def visible(text: Any) -> str:
@@ -203,11 +196,13 @@ def summary(run_path: str | Path) -> dict[str, Any]:
 
     Keys: state, verdict, compared [{name, predicted, measured, off}], quality [{name, before, after, change,
     verdict}], sample {path, prefix, before, after, expected} or None, model_dir, load (two lines of Python,
-    or none), report, curve (what the loss curve said at half, and the epochs it recommends; "" without one).
+    or none), report, curve (what the loss curve said at half, and the epochs it recommends; "" without one),
+    context (what composed context does to the loss; "" when not measured).
     """
     facts = gather(run_path)
     path, shown = model_path(facts), samples(facts)
     return {"state": str(facts.result.get("state") or "unfinished"), "verdict": verdict(facts),
             "compared": compared(facts), "quality": quality(facts), "sample": shown[0] if shown else None,
             "model_dir": str(path) if path else "", "load": loading_lines(path) if path else [],
-            "report": str(RunDirectory(facts.path).report), "curve": str(facts.forecast.get("why") or "")}
+            "report": str(RunDirectory(facts.path).report), "curve": str(facts.forecast.get("why") or ""),
+            "context": visible(contexts.sentence(contexts.curve_of(facts.result, "after")))}

@@ -117,6 +117,12 @@ def number(row: Mapping[str, Any], name: str) -> float | None:
     return float(value)
 
 
+def part(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A mapping inside a mapping, or an empty one."""
+    value = data.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def speed(rows: Iterable[Mapping[str, Any]]) -> tuple[float | None, float | None]:
     """Tokens a second over some steps and seconds a step, or None when nothing can be said.
 

@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from training.manager import charts, facts
+from training.manager import charts, contexts, facts
 from training.manager.facts import Facts, figure, number, part, seconds, size, visible
 from training.manager.facts import summary as summary  # the same rows, for the console
 from training.rundir import RunDirectory, write_text
@@ -35,8 +35,8 @@ def write_report(run_path: str | Path) -> Path:
 def page(run: Facts, style: str) -> str:
     """The whole page of one run."""
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    makers = (_head, _error, _tiles, _curve, _quality, _compared, _samples, _use, _limits, _choices,
-              _dataset, _environment)
+    makers = (_head, _error, _tiles, _curve, _quality, _contexts, _compared, _samples, _use, _limits,
+              _choices, _dataset, _environment)
     body = "\n".join(block for make in makers if (block := make(run)))
     return ("<!doctype html>\n"
             '<html lang="en"><head><meta charset="utf-8">'
@@ -140,9 +140,39 @@ def _quality(run: Facts) -> str:
              f'<span class="{row["verdict"]}">{row["verdict"]}</span>'] for row in facts.quality(run)]
     if not rows:
         return ""
+    body = table(("Figure", ">Before", ">After", ">Change", ""), rows,
+                 "Measured on files that were not trained on, with the same windows both times.")
     return section("Before and after, on held-out files",
-                   table(("Figure", ">Before", ">After", ">Change", ""), rows,
-                         "Measured on files that were not trained on, with the same windows both times."))
+                   body + _paragraph(contexts.compressors(run.manifest)))
+
+
+def _paragraph(words: str, kind: str = "") -> str:
+    mark = f' class="{kind}"' if kind else ""
+    return f"<p{mark}>{text(words)}</p>" if words else ""
+
+
+def _contexts(run: Facts) -> str:
+    """What context is worth: the curve after training, and the four arms of training and context."""
+    curve = contexts.curve_of(run.result, "after")
+    kinds, rows = contexts.table(curve)
+    if not rows:
+        return ""
+    items, files = (number(curve, name) or 0 for name in ("items", "files"))
+    caption = (f"Loss on {items:,.0f} targets of {files:,.0f} held-out files after training, and its change "
+               "against no context.")
+    body = _paragraph(contexts.sentence(curve)) + table(
+        (">Context, tokens at most", *(f">{kind}" for kind in kinds)), [list(map(text, row)) for row in rows],
+        caption)
+    if curve.get("foreign"):
+        body += _paragraph(f"Foreign context: {curve['foreign']}", "soft")
+    arms = contexts.arms(run.result)
+    if arms:
+        pairs = [[name, *(text(f"{arms[key]:.3f}") for key in keys)] for name, keys in
+                 (("untrained", ("base", "base_context")), ("trained", ("tuned", "tuned_context")))]
+        body += ("<h3>Training and context, apart and together</h3>"
+                 + table(("Loss", ">Without context", ">With composed context"), pairs)
+                 + _paragraph(contexts.judgement(arms)))
+    return section("Loss by context", body)
 
 
 def _compared(run: Facts) -> str:
@@ -224,6 +254,10 @@ def _dataset(run: Facts) -> str:
     if coverage:
         shares = [[text(name), text(figure(number(coverage, name), True))] for name in coverage]
         body += "<h3>Dependency coverage by context</h3>" + table(("Context", ">Share"), shares)
+    if selftest := contexts.selftest(manifest):
+        body += ("<h3>What context is worth to a compressor</h3>"
+                 + table(("Context", ">Bits per byte", ">Gain"), [list(map(text, row)) for row in selftest],
+                         "Second halves of held-out files under LZMA, after context and the first half."))
     dropped = part(files, "dropped")
     if dropped:
         body += "<h3>Files left out</h3>" + table(("Reason", ">Files"), [

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from training import expectations
 from training.errors import raise_all
 from training.longcontext.policy import StreamPolicy
 from training.planning import choices, limits, policies, refusals, situation, streaming, tiers, timing
@@ -265,10 +266,8 @@ def _notes(place: Situation, chosen: Candidate) -> Iterable[str]:
     if place.device == "cuda" and len({gpu.free_bytes for gpu in used}) > 1:
         yield (f"The smallest of {len(used)} GPUs ({gib(min(gpu.free_bytes for gpu in used))} GiB free) "
                "decides, since each runs the same step; --set device.count=1 trains on one alone.")
-    if context > place.repository_tokens:
-        yield (f"The repository has about {place.repository_tokens:,} tokens, fewer than the window of "
-               f"{context:,}; "
-               "windows will be shorter.")
+    yield from expectations.notes(place.repository_tokens, context, place.facts.code_files,
+                                  epochs=int(chosen.choices["training.epochs"].value))
     if chosen.choices["stream.inputs"].value == "disk":
         values = {name: choice.value for name, choice in chosen.choices.items()}
         written = streaming.costs_of(shape, values, batch=1).moved["written"]

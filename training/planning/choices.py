@@ -9,6 +9,7 @@ from typing import Any
 
 from training.families import UNFUSED
 from training.longcontext.policy import StreamPolicy
+from training.planning import mix
 from training.planning.situation import Situation
 from training.planning.streaming import stream_choices
 from training.planning.tiers import tier_of
@@ -181,7 +182,7 @@ def _adapter(chooser: Chooser, situation: Situation, window: Window) -> None:
 
 
 def _dataset(chooser: Chooser, situation: Situation, window: Window) -> None:
-    base, facts = situation.base, situation.facts
+    facts = situation.facts
     chooser.choices["dataset.repo"] = Choice(facts.path, "user", f"{facts.code_files:,} code files, "
                                              f"about {situation.repository_tokens:,} tokens")
     chooser.force("dataset.context_tokens", window.context_tokens, window.source, window.why)
@@ -189,19 +190,39 @@ def _dataset(chooser: Chooser, situation: Situation, window: Window) -> None:
     chooser.put("dataset.target_tokens", window.target_tokens, "preset",
                 "files are packed and every token is a target" if packed else
                 f"configs/tiers.yaml; the other {window.context_tokens - window.target_tokens:,} are context")
-    share = min(0.2, max(0.05, 2 / max(1, facts.code_files)))
-    chooser.put("dataset.held_out_share", round(share, 4), "derived",
-                "a twentieth of the files" if share == 0.05 else f"at least two of {facts.code_files} files")
-    fim, why = (0.25, "a quarter of the targets; the base knows these sentinels") if base.fim else (
-        0.0, f"{base.name} knows no fill-in-the-middle sentinels")
-    if situation.embedded:
-        fim, why = 0.0, "the few tokens it sees are spent on left-to-right text"
-    chooser.put("dataset.fim_share", fim, "derived", why)
+    share, why = mix.held_out(facts.code_files)
+    chooser.put("dataset.held_out_share", share, "derived", why)
     chooser.put("dataset.max_file_bytes", 1 << 20, "preset", "larger source files are mostly generated")
-    for key in KEYS:
-        more = key.name.startswith("dataset.") or key.name == "evaluation.context_targets"
-        if more and key.name not in chooser.choices:
-            chooser.put(key.name, key.default, "preset", "the default")
+    _mix(chooser, situation)
+
+
+def _mix(chooser: Chooser, situation: Situation) -> None:
+    """What windows are made of, and what is held out."""
+    base, facts = situation.base, situation.facts
+    chooser.put("dataset.also", [], "preset", "one repository; `--repo` may be given again")
+    chooser.put("dataset.split", "auto", "preset",
+                f"the newest files by commit time, as git's {facts.commits:,} commits tell" if facts.commits
+                else "git tells no times here: clusters of like files, drawn by the seed")
+    replay = chooser.put("dataset.replay", "", "preset", "no second corpus was named")
+    planned = mix.shares(sentinels=bool(base.fim), base=base.name, embedded=situation.embedded,
+                         is_packed=mix.packed(chooser), commits=facts.commits, replay=str(replay))
+    for name, (share, why) in planned.items():
+        chooser.put(name, share, "derived", why)
+    _fitted(chooser)
+    stages = chooser.put("dataset.curriculum_stages", 1, "preset",
+                         "windows are as long as they get from the first step on; shorter ones first were "
+                         "not measured to help")
+    chooser.put("dataset.curriculum_share", 0.3, "preset",
+                "unused: one stage" if stages == 1 else "the shorter stages end within the first epoch")
+
+
+def _fitted(chooser: Chooser) -> None:
+    """Where the user set one of two shares of the files, the other leaves it its room."""
+    for name, other in (("fim_share", "whole_share"), ("whole_share", "fim_share")):
+        taken = float(chooser[f"dataset.{other}"])
+        if f"dataset.{other}" in chooser.user and chooser[f"dataset.{name}"] + taken > 1:
+            chooser.put(f"dataset.{name}", round(1 - taken, 4), "derived",
+                        f"what dataset.{other} {taken:g} leaves")
 
 
 def _deepspeed(chooser: Chooser, situation: Situation, window: Window) -> None:
@@ -259,6 +280,9 @@ def _evaluation(chooser: Chooser, situation: Situation) -> None:
     chooser.put("evaluation.completions", 2 if slow else 8, "derived",
                 "few, since writing is slow here" if slow else "a look at what it writes, not a score")
     chooser.put("evaluation.completion_tokens", 48, "preset", "about four lines of code")
+    chooser.put("evaluation.context_targets", 0 if slow else 8, "derived",
+                "none, since reading is slow here" if slow else
+                "held-out targets behind composed, random and foreign context of growing length")
 
 
 def _batch(chooser: Chooser, situation: Situation, each_s: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from training.planning import streaming, timing
+from training.planning import mix, streaming, timing
 from training.records import BaseModel, HardwareProfile, Memory, ModelShape, TrialStep
 
 # Terms of a plan's memory that do not move with the context.
@@ -56,8 +56,8 @@ class Pace:
 
 
 def at_length(values: Mapping[str, Any], context: int, target: int) -> dict[str, Any]:
-    """The same configuration for another window."""
-    return {**values, "dataset.context_tokens": context, "dataset.target_tokens": target}
+    """The same configuration for another window, all of them with as many targets."""
+    return mix.uniform(values, context, target)
 
 
 def moving_bytes(found: Memory) -> float:
@@ -65,16 +65,18 @@ def moving_bytes(found: Memory) -> float:
     return float(sum(size for name, size in found.terms.items() if name not in FIXED))
 
 
-def parts_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile) -> tuple[float, float]:
-    """Seconds of one micro-batch by the formulas: linear layers, attention. (0, 0) when no rate is known."""
+def parts_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile,
+            targets: int = 0) -> tuple[float, float]:
+    """Seconds of one micro-batch by the formulas: linear layers, attention. (0, 0) when no rate is known.
+    `targets` of each window, 0: as many as the mix has on average."""
     linear, attention, _ = timing.rates(values, profile)
     micro = int(values["training.micro_batch"])
     if not linear:
         return 0.0, 0.0
     if streaming.streamed(values):
-        found = streaming.costs_of(shape, values)
+        found = streaming.costs_of(shape, values, targets=targets or round(mix.mean_targets(values)))
         return (sum(found.linear_flops.values()) / linear, sum(found.attention_flops.values()) / attention)
-    flops = timing.window_flops(shape, values)
+    flops = timing.window_flops(shape, values, targets)
     return micro * flops.linear / linear, micro * flops.attention / attention
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from training.planning import activations
 from training.planning.activations import DTYPE_BYTES, adapted
 from training.records import GIB, BaseModel, Memory, ModelShape
+from training.settings import most_targets
 from training.shapes import frozen_bytes, lora_parameters
 
 MIB = 1 << 20
@@ -182,9 +183,10 @@ def _optimizer_state(shape: ModelShape, values: Mapping[str, Any]) -> float:
 
 def logits_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
     """Of one chunk in fp32: log-probabilities, their gradient and the logits' gradient, 12 V bytes a token;
-    for a trained head two fp32 gradients of it. Hidden states of all targets and their gradient: 2 H e.
+    for a trained head two fp32 gradients of it. Hidden states of all targets and their gradient: 2 H e. The
+    windows are those with the most targets.
     """
-    targets = int(values["dataset.target_tokens"]) * int(values["training.micro_batch"])
+    targets = most_targets(values) * int(values["training.micro_batch"])
     chunk = min(int(values["training.loss_chunk_tokens"]) or targets, targets)
     head = 0 if values["lora.enabled"] else 8 * shape.vocab * shape.hidden
     return chunk * shape.vocab * 12 + head + 2 * _target_states(shape, values)
@@ -192,7 +194,7 @@ def logits_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
 
 def _target_states(shape: ModelShape, values: Mapping[str, Any]) -> float:
     """Hidden states of all targets, or their gradient: H e each."""
-    targets = int(values["dataset.target_tokens"]) * int(values["training.micro_batch"])
+    targets = most_targets(values) * int(values["training.micro_batch"])
     return float(targets * shape.hidden * element_bytes(values))
 
 

@@ -13,7 +13,7 @@ from training.planning import streaming, timing
 from training.planning.limits import Candidate
 from training.planning.situation import Situation
 from training.records import ModelShape
-from training.settings import BY_NAME
+from training.settings import BY_NAME, most_targets
 
 LEAST_CONTEXT = 4096             # shorter windows are streamed only when the user asks for it
 # From here on the streamed step trains in less memory at more tokens a second than the plain one on a CPU: a
@@ -168,7 +168,7 @@ class _Search:
         loss = int(self._values["training.loss_chunk_tokens"])
         policy = StreamPolicy(loss_tokens=loss or choices["chunk_tokens"], **{**choices, **self._user})
         found = costs(self._geometry, policy, self._length, batch=self._batch,
-                      targets=int(self._values["dataset.target_tokens"]))
+                      targets=most_targets(self._values))
         outer = self._outer - weight_bytes(self._geometry, policy)
         rates = self._rates[found.overlapped]
         return Fit(policy=policy, over=self._room.over(policy, found, outer),

@@ -11,7 +11,7 @@ from typing import Any
 
 from training import models, weights
 from training.errors import EliteError, UsageError
-from training.planning import streaming
+from training.planning import mix, streaming
 from training.planning.memory import CUDA_RUNTIME_BYTES
 from training.planning.tiers import Tier, tier_of
 from training.planning.timing import TOKENS_PER_BYTE
@@ -129,6 +129,7 @@ def build(request: Request, profile: HardwareProfile, base: BaseModel, facts: Re
     situation = Situation(request=request, profile=profile, base=base, facts=facts, tiers=tiers, user=user)
     found += _tier_problems(request, tiers) + _context_problems(situation) + _device_problems(situation)
     found += [UsageError(text) for text in streaming.problems(user, base.shape.layers, situation.device)]
+    found += [UsageError(text) for text in mix.problems(user, base.name, bool(base.fim))]
     if request.max_hours is not None and not (math.isfinite(request.max_hours) and request.max_hours > 0):
         found.append(UsageError(f"--max-hours {request.max_hours:g} grants no time; give a number above 0 "
                                 f"(default {DEFAULT_HOURS:g})."))

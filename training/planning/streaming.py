@@ -13,7 +13,7 @@ from training.longcontext.geometry import Geometry
 from training.longcontext.policy import StreamPolicy
 from training.planning import activations, memory
 from training.records import BaseModel, Memory, ModelShape
-from training.settings import BY_NAME
+from training.settings import BY_NAME, most_targets
 from training.shapes import family_of, frozen_bytes
 
 # The keys of stream.* that are fields of a policy under the same name.
@@ -110,10 +110,11 @@ def _layer_bytes(shape: ModelShape, values: Mapping[str, Any]) -> int:
 
 
 def costs_of(shape: ModelShape, values: Mapping[str, Any], policy: StreamPolicy | None = None,
-             batch: int = 0) -> Costs:
-    """What one streamed step of this configuration costs. `batch` 0: its own micro-batch."""
+             batch: int = 0, targets: int = 0) -> Costs:
+    """What one streamed step of this configuration costs. `batch` 0: its own micro-batch. `targets` of a
+    window, 0: the most that one has, which memory must hold; time goes by their mean."""
     return costs(geometry(shape, values), policy or policy_of(values), int(values["dataset.context_tokens"]),
-                 targets=int(values["dataset.target_tokens"]),
+                 targets=targets or most_targets(values),
                  batch=batch or int(values["training.micro_batch"]))
 
 

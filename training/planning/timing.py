@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from training.curve import curve_tokens
 from training.longcontext.costs import Rates, step_s
-from training.planning import streaming
+from training.planning import mix, streaming
 from training.planning.memory import trainable_parameters
 from training.records import HardwareProfile, ModelShape
 from training.shapes import family_of
@@ -49,8 +50,8 @@ class Schedule:
     uncut_s: float
 
 
-def window_flops(shape: ModelShape, values: Mapping[str, Any]) -> Flops:
-    """Operations of one window of S tokens, T of them targets.
+def window_flops(shape: ModelShape, values: Mapping[str, Any], targets: float = 0) -> Flops:
+    """Operations of one window of S tokens, T of them targets; 0: as many as the mix has on average.
 
     Full training: 6 N a token (2 forward, 4 backward; Kaplan et al., arXiv:2001.08361, section 2.1), N the
     weights that multiply. LoRA: 4 N + 6 N' (no gradient of frozen weights; N' the adapter). Recompute adds
@@ -67,7 +68,7 @@ def window_flops(shape: ModelShape, values: Mapping[str, Any]) -> Flops:
     >>> f"{flops.linear / 512:.3g}", f"{flops.attention / 512:.3g}"     # 6 x 4.26e6; 3.5 x 2 x 512 x 256 x 4
     ('2.56e+07', '3.67e+06')
     """
-    context, targets = int(values["dataset.context_tokens"]), int(values["dataset.target_tokens"])
+    context, targets = int(values["dataset.context_tokens"]), targets or mix.mean_targets(values)
     head = shape.vocab * shape.hidden
     body = shape.active_parameters - head - (0 if shape.tied else head) - shape.parameters.get("positions", 0)
     recomputed = bool(values["training.checkpointing"])
@@ -127,7 +128,7 @@ def window_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProf
     if not linear:
         return math.inf
     if streaming.streamed(values):
-        found = streaming.costs_of(shape, values, batch=1)
+        found = streaming.costs_of(shape, values, batch=1, targets=round(mix.mean_targets(values)))
         return step_s(found, stream_rates(values, profile, found.overlapped))
     flops = window_flops(shape, values)
     return flops.linear / linear + flops.attention / attention
@@ -152,9 +153,9 @@ def stream_rates(values: Mapping[str, Any], profile: HardwareProfile, overlapped
 
 
 def windows_in(code_bytes: int, values: Mapping[str, Any]) -> int:
-    """Training windows of one epoch: every token outside the held-out share is a target once."""
-    tokens = code_bytes * TOKENS_PER_BYTE * (1 - float(values["dataset.held_out_share"]))
-    return max(1, math.ceil(tokens / int(values["dataset.target_tokens"])))
+    """Training windows of one epoch: every token outside the held-out share is a target once, and what the
+    mix adds."""
+    return mix.windows(code_bytes * TOKENS_PER_BYTE * (1 - float(values["dataset.held_out_share"])), values)
 
 
 def schedule(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile,
@@ -177,12 +178,22 @@ def schedule(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProf
 
 
 def extra_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile) -> float:
-    """Start-up and the evaluations before and after: a forward pass is a third of a full step's operations,
-    and a completion re-reads the weights for each token (2 N FLOP each, at a tenth of the rate)."""
+    """Start-up, the evaluations before and after, and the context curve: a forward pass is a third of a full
+    step's operations, and a completion re-reads the weights for each token (2 N FLOP each, at a tenth of the
+    rate)."""
     linear, _, _ = rates(values, profile)
     if not linear:
         return STARTUP_S[str(values["device.kind"])]
-    reading = int(values["evaluation.windows"]) * window_s(shape, values, profile) / 3
+    each_s = window_s(shape, values, profile) / 3
+    reading = int(values["evaluation.windows"]) * each_s
     written = int(values["evaluation.completions"]) * int(values["evaluation.completion_tokens"])
     writing = written * 2 * shape.active_parameters / (linear / 10)
-    return STARTUP_S[str(values["device.kind"])] + 2 * (reading + writing)
+    return STARTUP_S[str(values["device.kind"])] + 2 * (reading + writing) + curve_windows(values) * each_s
+
+
+def curve_windows(values: Mapping[str, Any]) -> float:
+    """Whole windows that a run's context curves read, before and after together. Shorter ones cost less a
+    token, so this is the most."""
+    context = int(values["dataset.context_tokens"])
+    return curve_tokens(context, int(values.get("evaluation.context_targets", 0)),
+                        int(values["dataset.target_tokens"])) / context

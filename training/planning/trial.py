@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from training.errors import DoesNotFit
-from training.planning import choices, fitting, memory, streaming, timing
+from training.planning import choices, fitting, memory, mix, streaming, timing
 from training.planning.fitting import Line, Pace
 from training.planning.limits import gib, hours
 from training.planning.memory import largest_term
@@ -28,6 +28,7 @@ from training.records import (
     TrialStep,
 )
 from training.rundir import TrialLength, TrialOrder
+from training.settings import most_targets
 
 # Small lengths: a quarter and a half of the window, as long as they are cheap. On a CPU updates at an eighth
 # and a quarter were 13 % off the whole window's seconds (median of nine ways), mostly above: short products
@@ -108,8 +109,8 @@ def held_out_windows(place: Situation, values: Mapping[str, Any]) -> int:
 
 
 def target_of(plan: Plan, context: int) -> int:
-    """Target tokens of a shorter window: the same share."""
-    return max(1, min(context, plan.target_tokens * context // plan.context_tokens))
+    """Target tokens of a trial's window: the same share as in those of the plan that have the most."""
+    return max(1, min(context, most_targets(plan_values(plan)) * context // plan.context_tokens))
 
 
 def tokens_of(plan: Plan, place: Situation) -> float:
@@ -117,7 +118,7 @@ def tokens_of(plan: Plan, place: Situation) -> float:
     values = plan_values(plan)
     per_step = int(values["training.micro_batch"]) * int(values["training.accumulation"])
     windows = min(per_step * int(values["device.count"]), timing.windows_in(place.facts.code_bytes, values))
-    return float(plan.steps * windows * plan.target_tokens)
+    return plan.steps * windows * mix.mean_targets(values)
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
@@ -138,8 +139,8 @@ def with_batch(plan: Plan, micro: int, base: BaseModel) -> Plan:
 
 
 def _parts(place: Situation, values: Mapping[str, Any], length: int, plan: Plan) -> tuple[float, float]:
-    at = fitting.at_length(values, length, target_of(plan, length))
-    return fitting.parts_s(place.base.shape, at, place.profile)
+    target = target_of(plan, length)
+    return fitting.parts_s(place.base.shape, fitting.at_length(values, length, target), place.profile, target)
 
 
 def fit(trial: Trial, plan: Plan, place: Situation) -> Fit:
@@ -154,12 +155,14 @@ def fit(trial: Trial, plan: Plan, place: Situation) -> Fit:
     pace = fitting.pace([fitting.median(step.seconds) for step in good],
                         [_parts(place, values, step.context_tokens, plan) for step in good])
     device_bytes = line.at(fitting.moving_bytes(plan.memory))
-    micro_s = pace.at(_parts(place, values, plan.context_tokens, plan))
+    micro_s = pace.at(fitting.parts_s(place.base.shape, values, place.profile))
     bytes_off, time_off = EXTRAPOLATED_MEMORY, max(EXTRAPOLATED_TIME, pace.residual)
     if trial.confirmed:
         last = good[-1]
         bytes_off = max(LEAST_MEMORY, min(EXTRAPOLATED_MEMORY, abs(device_bytes / last.peak_bytes - 1)))
-        device_bytes, micro_s = last.peak_bytes, fitting.median(last.seconds)
+        fullest_s = pace.at(_parts(place, values, plan.context_tokens, plan))
+        device_bytes = last.peak_bytes
+        micro_s = fitting.median(last.seconds) * (micro_s / fullest_s if fullest_s else 1.0)
         time_off = max(LEAST_TIME, fitting.spread(last.seconds))
     update_s = good[-1].update_s if good else 0.0
     return Fit(device_bytes=max(device_bytes, trial.other_bytes), micro_s=micro_s, update_s=update_s,
@@ -247,7 +250,8 @@ def _timed(plan: Plan, trial: Trial, place: Situation, found: Fit) -> Plan:
     if "training.save_steps" not in user:
         changed["training.save_steps"] = _saving(step_s)
     values |= {name: choice.value for name, choice in changed.items()}
-    extra_s = around_s(trial, values, steps)
+    curve_s = timing.curve_windows(values) * found.micro_s / int(values["training.micro_batch"]) / 3
+    extra_s = around_s(trial, values, steps) + curve_s
     if not budget_s and _must_be_cut(place, steps * step_s + extra_s):
         budget_s = max(1.0, place.hours * 3600 - extra_s)
         changed["training.budget_s"] = Choice(
@@ -256,7 +260,7 @@ def _timed(plan: Plan, trial: Trial, place: Situation, found: Fit) -> Plan:
     if budget_s:
         fitting_steps = max(timing.LEAST_STEPS, int(0.95 * budget_s / step_s)) if step_s else steps
         steps = max(1, min(steps, fitting_steps))
-    total_s = steps * step_s + around_s(trial, values, steps)
+    total_s = steps * step_s + around_s(trial, values, steps) + curve_s
     return replace(plan, choices={**plan.choices, **changed}, steps=steps, step_s=step_s, total_s=total_s)
 
 
@@ -281,7 +285,8 @@ def _saving(step_s: float) -> Choice:
 
 def around_s(trial: Trial, values: Mapping[str, Any], steps: int) -> float:
     """Seconds of a run outside its steps: loading, evaluations, checkpoints, and the model at the end, which
-    is written like a checkpoint. The trial's own seconds are not in it."""
+    is written like a checkpoint. The trial's own seconds are not in it, nor the context curve's, which it
+    does not try."""
     evaluations, saves = 2, 2
     for name in ("training.eval_steps", "training.save_steps"):
         more = (steps - 1) // int(values[name]) if int(values[name]) else 0

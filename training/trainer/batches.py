@@ -26,8 +26,10 @@ class Store(Protocol):
     def count(self, split: str) -> int:
         """Windows of a split."""
 
-    def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, labels), each (S,) int64, labels unshifted with -100 for no loss."""
+    def window(self, split: str, index: int, seed: int = 0, epoch: int = 0,
+               context_limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels), each (S,) int64, labels unshifted with -100 for no loss. `context_limit`: tokens
+        kept before the first target's own text."""
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The train windows' order in an epoch."""
@@ -51,6 +53,29 @@ class Layout:
     def updates_per_epoch(self) -> int:
         """The last update of an epoch may be shorter."""
         return math.ceil(self.windows / self.per_update)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """Stages of growing context in the first `share` of the first epoch, each twice the one before."""
+
+    stages: int = 1
+    share: float = 0.0
+    context_tokens: int = 0
+    target_tokens: int = 0
+
+    def context_limit(self, epoch: int, position: int, windows: int) -> int | None:
+        """Tokens of context that a window keeps at this place of an epoch; None: all.
+
+        >>> course = Curriculum(stages=3, share=0.5, context_tokens=4096, target_tokens=512)
+        >>> [course.context_limit(0, place, 100) for place in (0, 24, 25, 49, 50)]
+        [512, 512, 1536, 1536, None]
+        """
+        done = position / windows
+        if epoch or self.stages < 2 or done >= self.share:
+            return None
+        stage = int(done / self.share * (self.stages - 1))
+        return max(0, (self.context_tokens >> (self.stages - 1 - stage)) - self.target_tokens)
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,8 @@ def targets_of(labels: np.ndarray) -> int:
     return int((labels[1:] != IGNORED).sum())
 
 
-def read_update(store: Store, step: int, layout: Layout, rank: int, seed: int) -> tuple[list[Batch], int]:
+def read_update(store: Store, step: int, layout: Layout, rank: int, seed: int,
+                curriculum: Curriculum = Curriculum()) -> tuple[list[Batch], int]:
     """A rank's micro-batches of update `step` on the CPU, and their target tokens.
 
     A rank's windows are put together by length, which needs less padding and leaves the update's mean as it
@@ -101,7 +127,8 @@ def read_update(store: Store, step: int, layout: Layout, rank: int, seed: int) -
     """
     epoch, part = place(step, layout)
     dealt = deal(store.order(seed, epoch)[part], layout, rank)
-    windows = [store.window("train", index) for batch in dealt for index in batch]
+    limit = curriculum.context_limit(epoch, part.start, layout.windows)
+    windows = [store.window("train", index, seed, epoch, limit) for batch in dealt for index in batch]
     windows.sort(key=lambda pair: len(pair[0]))
     batches, start = [], 0
     for indices in dealt:

@@ -10,7 +10,7 @@ from typing import Any
 from training.records import Quality
 from training.settings import Config
 
-QUALITY = tuple(field.name for field in dataclasses.fields(Quality))
+QUALITY = tuple(field.name for field in dataclasses.fields(Quality) if field.name != "context_curve")
 
 
 def load_lines(folder: str, kind: str, base: str = "", rope: Mapping[str, Any] | None = None,
@@ -80,7 +80,7 @@ def licence_of(base: str) -> str:
 
 
 def _figures(facts: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The dataset's counts and the run's figures; of an evaluation, what `records.Quality` holds."""
+    """The dataset's counts and the run's figures; of an evaluation, `records.Quality`'s single numbers."""
     counts = {name: manifest[name] for name in ("files", "tokens", "windows") if name in manifest}
     kept = {name: {key: value.get(key) for key in QUALITY} if name in ("before", "after") and value else value
             for name, value in facts.items()}

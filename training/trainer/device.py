@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from training.records import GIB
+from training.settings import most_targets
 from training.trainer.loss import IGNORED, causal_loss
 from training.trainer.resources import context_bytes
 
@@ -64,13 +65,14 @@ def warm_up(config: Mapping[str, Any], model: Module, trainable: Mapping[str, Pa
 
 
 def _window(config: Mapping[str, Any], model: Module, step: int) -> tuple[Tensor, Tensor]:
-    """Random ids (B, S) and labels with targets at the end. Random, since experts are chosen by token."""
+    """Random ids (B, S) and labels, as many at the end as the window with the most targets has. Random, since
+    experts are chosen by token."""
     shape = (config["training.micro_batch"], config["dataset.context_tokens"])
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(embeddings.num_embeddings, shape, generator=generator)
     labels = ids.clone()
-    labels[:, :shape[1] - config["dataset.target_tokens"]] = IGNORED
+    labels[:, :shape[1] - most_targets(config)] = IGNORED
     return ids, labels
 
 

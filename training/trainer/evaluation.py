@@ -8,11 +8,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from training.errors import DataError
 from training.settings import Config
+from training.trainer import context_curve
 from training.trainer.completion import Completer, lines_of, open_tokenizer, parses, score
 from training.trainer.loss import LossFunction, causal_loss, held_still
 
@@ -24,11 +26,13 @@ SHOWN_LINES = 8
 
 
 def evaluate(model: nn.Module, store: WindowStore, config: Config, device: torch.device,
-             progress: Progress, loss_function: LossFunction = causal_loss) -> dict[str, Any]:
+             progress: Progress, loss_function: LossFunction = causal_loss,
+             curve: str = "") -> dict[str, Any]:
     """`records.Quality`'s figures, `windows`, and `samples` (path, language, prefix, completion, expected).
 
     `loss_function`: of the held-out windows, the one that is trained with. Completions call the model itself,
-    inside the loss function's `aside()` if it has one.
+    inside the loss function's `aside()` if it has one. `curve`: of the context curve nothing, its `ends` or
+    the `whole`.
     Rates without a span to count are None. The model's modes and the random state are as before when it
     returns or when `progress("evaluate", done, total, detail)`, called between windows, raises. Raises
     DataError when no held-out window has a target.
@@ -36,7 +40,8 @@ def evaluate(model: nn.Module, store: WindowStore, config: Config, device: torch
     chosen = evenly_spaced(store.count("held_out"), config["evaluation.windows"])
     spans = store.completions()
     spans = [spans[i] for i in evenly_spaced(len(spans), config["evaluation.completions"])]
-    total = len(chosen) + len(spans)
+    wanted = _curve(store, config, curve)
+    total = len(chosen) + len(spans) + wanted.reads
     with held_still(model):
         scorer = Scorer(model, store, device, loss_function, config["training.loss_chunk_tokens"])
         loss, bits = scorer.likelihood(
@@ -46,11 +51,25 @@ def evaluate(model: nn.Module, store: WindowStore, config: Config, device: torch
         with getattr(loss_function, "aside", nullcontext)():
             samples = _complete(completer, spans,
                                 lambda done: progress("evaluate", len(chosen) + done, total, "completions"))
+        before = len(chosen) + len(spans)
+        contexts = context_curve.measure(
+            store, wanted, scorer.score, config["run.seed"],
+            lambda done: progress("evaluate", before + done, total, "context curve"))
     progress("evaluate", total, total, f"loss {loss:.3f}")
     return {"loss": loss, "bits_per_byte": bits, "exact_match": _mean([s["exact"] for s in samples]),
             "edit_similarity": _mean([s["similarity"] for s in samples]),
             "parse_rate": _mean([s["parses"] for s in samples if s["parses"] is not None]),
-            "windows": len(chosen), "samples": [_shown(s) for s in samples]}
+            "context_curve": contexts, "windows": len(chosen), "samples": [_shown(s) for s in samples]}
+
+
+def _curve(store: WindowStore, config: Config, wanted: str) -> context_curve.Curve:
+    """What is read of the context curve."""
+    items: list[int] = []
+    if wanted:
+        items = evenly_spaced(store.curve()["items"], config["evaluation.context_targets"])
+    tokens = config["dataset.context_tokens"]
+    return (context_curve.whole(items, store.curve()["kinds"], tokens) if wanted == "whole"
+            else context_curve.ends(items, tokens))
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
@@ -77,15 +96,19 @@ class Scorer:
         nats, tokens, size_bytes = 0.0, 0, 0
         for done, index in enumerate(chosen):
             tell(done)
-            ids, labels = (torch.from_numpy(part)[None].to(self.device)
-                           for part in self.store.window("held_out", index))
-            summed, count = self.loss_function(self.model, ids, labels, None, self.chunk_tokens)
-            nats, tokens = nats + float(summed), tokens + count
+            summed, count = self.score(*self.store.window("held_out", index))
+            nats, tokens = nats + summed, tokens + count
             size_bytes += self.store.target_bytes("held_out", index)
         if not tokens:
             raise DataError(f"The dataset's {len(chosen)} held-out windows have no target token; raise "
                             "dataset.held_out_share.")
         return nats / tokens, nats / math.log(2) / max(size_bytes, 1)
+
+    def score(self, ids: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
+        """Summed loss (nats) and target tokens of one window, ids and labels (S,)."""
+        one, other = (torch.from_numpy(part)[None].to(self.device) for part in (ids, labels))
+        summed, count = self.loss_function(self.model, one, other, None, self.chunk_tokens)
+        return float(summed), count
 
 
 def _complete(completer: Completer, spans: list[dict[str, Any]],

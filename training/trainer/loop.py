@@ -18,7 +18,7 @@ from training.errors import CannotWrite, EliteError
 from training.rundir import RunDirectory
 from training.settings import Config
 from training.trainer import checkpoints, pacing, schedules
-from training.trainer.batches import Batch, Layout, Store, planned_steps, read_update
+from training.trainer.batches import Batch, Curriculum, Layout, Store, planned_steps, read_update
 from training.trainer.engine import Engine
 from training.trainer.journal import Heartbeat, Journal
 from training.trainer.loss import LossFunction
@@ -66,6 +66,10 @@ class Training:
         config = self.config
         self.layout = Layout(windows=self.store.count("train"), micro=config["training.micro_batch"],
                              accumulation=config["training.accumulation"], ranks=self.engine.ranks)
+        self.curriculum = Curriculum(stages=config["dataset.curriculum_stages"],
+                                     share=config["dataset.curriculum_share"],
+                                     context_tokens=config["dataset.context_tokens"],
+                                     target_tokens=config["dataset.target_tokens"])
         self.planned = planned_steps(config, self.layout)
         self._earlier_s = self.progress.seconds
         self._tell_steps()
@@ -111,7 +115,8 @@ class Training:
         self.heartbeat.beat("train", step, self.steps)
         seed = self.config["run.seed"]
         seed_all(seed, step, engine.rank)
-        batches, own_targets = read_update(self.store, step, self.layout, engine.rank, seed)
+        batches, own_targets = read_update(self.store, step, self.layout, engine.rank, seed,
+                                           self.curriculum)
         targets = int(engine.total(own_targets))
         if not targets:
             raise EliteError(f"Update {step + 1} has no target token in its {len(batches)} micro-batches.")

@@ -67,7 +67,8 @@ class RandomStore:
         """The train windows' order."""
         return np.arange(64)
 
-    def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def window(self, split: str, index: int, seed: int = 0, epoch: int = 0,
+               context_limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, labels), int64 (S,)."""
         batch = self.batch(1, self._length)
         return batch.ids[0].numpy(), batch.labels[0].numpy()

@@ -1,6 +1,7 @@
 """From the word a user gives (folder or git URL) to a folder on this machine, and git's view of that folder.
 
-A repository is untrusted input: its hooks, file-system monitor, submodules and LFS filters are never run.
+A repository is untrusted input: no command that it names is run (hooks, file-system monitor, filters, diff
+drivers, signatures, submodules, remote helpers), and a local question never reaches for the network.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,10 +20,14 @@ from training.errors import CannotWrite, MissingInput, UsageError
 
 SCHEMES = ("https", "ssh", "git", "file")
 CLONE_TIMEOUT_S = 1_800
-LIST_TIMEOUT_S = 120
+LIST_TIMEOUT_S = 60
+ASK_TIMEOUT_S = 10
+CLONE_DEPTH = 1_000             # commits: enough to draw edits from, and to tell new files from old
 _SCP_LIKE = re.compile(r"^(?P<user>[\w.-]+)@(?P<host>[\w.-]+):(?P<path>[^/].*)$")
-_QUIET = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "protocol.ext.allow=never",
-          "-c", "submodule.recurse=false", "-c", "filter.lfs.smudge=", "-c", "filter.lfs.required=false")
+_QUIET = ("--no-pager", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false",
+          "-c", "submodule.recurse=false", "-c", "filter.lfs.smudge=", "-c", "filter.lfs.process=",
+          "-c", "filter.lfs.required=false", "-c", "log.showSignature=false", "-c", "gc.auto=0",
+          "-c", "maintenance.auto=false")
 
 
 def is_url(repo: str) -> bool:
@@ -36,6 +42,7 @@ def is_url(repo: str) -> bool:
 def locate(repo: str, refresh: bool = True) -> Path:
     """The local folder of a repository; a URL is cloned into the cache, and fetched anew when `refresh`.
 
+    A bare repository has no files of its own: it is cloned into the cache too, over `file://`.
     Raises UsageError for what cannot be a repository's name, MissingInput when it is not there.
     """
     if not repo.strip():
@@ -53,9 +60,15 @@ def locate(repo: str, refresh: bool = True) -> Path:
             raise MissingInput(f"The repository {repo} is a file; give the folder that holds it: "
                                f"{path.resolve().parent}.")
         with os.scandir(path):
-            return path.resolve()
+            path = path.resolve()
     except OSError as error:
         raise MissingInput(f"The repository {repo} cannot be read: {error.strerror}.") from error
+    return _clone(path.as_uri(), refresh) if _is_bare(path) else path
+
+
+def _is_bare(path: Path) -> bool:
+    return (path / "HEAD").is_file() and all((path / name).is_dir() for name in ("objects", "refs")) \
+        and not (path / ".git").exists()
 
 
 def check_url(url: str) -> str:
@@ -99,9 +112,8 @@ def _clone(url: str, refresh: bool) -> Path:
                   urlsplit(url).path.rstrip("/").rpartition("/")[2].removesuffix(".git")) or "clone"
     target = cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}" / stem
     if target.exists():
-        if refresh and run_git(["fetch", "--quiet", "--depth", "1", "--no-tags", "origin", "HEAD"], target,
-                               CLONE_TIMEOUT_S).returncode == 0:
-            run_git(["reset", "--quiet", "--hard", "FETCH_HEAD"], target, LIST_TIMEOUT_S)
+        if refresh:
+            _update(target)
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,9 +122,9 @@ def _clone(url: str, refresh: bool) -> Path:
         raise CannotWrite(f"Cannot write the clone cache {target.parent}: {error.strerror}. "
                           "Set XDG_CACHE_HOME.") from error
     try:
-        done = run_git(["clone", "--quiet", "--depth", "1", "--no-tags", "--no-recurse-submodules",
-                        "--template=",
-                        "--", url, str(aside / "tree")], aside, CLONE_TIMEOUT_S)
+        done = run_git(["clone", "--quiet", "--depth", str(CLONE_DEPTH), "--no-tags",
+                        "--no-recurse-submodules", "--template=", "--", url, str(aside / "tree")], aside,
+                       CLONE_TIMEOUT_S, SCHEMES)
         if done.returncode:
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["git gave no reason"]
             raise MissingInput(f"Cannot clone {without_password(url)}: {without_password(lines[-1])}")
@@ -122,22 +134,86 @@ def _clone(url: str, refresh: bool) -> Path:
     return target
 
 
-def run_git(arguments: list[str], folder: Path, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
-    """git in `folder`, with nothing of the machine's or the repository's own commands run.
+def _update(target: Path) -> None:
+    """The newest commits of a clone, `CLONE_DEPTH` deep whatever it was; without a network it stays."""
+    fetch = ["fetch", "--quiet", "--depth", str(CLONE_DEPTH), "--no-tags", "--no-recurse-submodules",
+             "origin", "HEAD"]
+    if run_git(fetch, target, CLONE_TIMEOUT_S, SCHEMES).returncode == 0:
+        run_git(["reset", "--quiet", "--hard", "FETCH_HEAD"], target, LIST_TIMEOUT_S)
 
-    A git that is not installed or takes too long answers with return code 127 and the reason on stderr.
+
+def command(arguments: list[str], protocols: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+    """git's command line and environment with which nothing of the repository's own is run.
+
+    `protocols` are those that may be spoken: none for a question about the local folder, since a repository
+    can name a remote that git would ask for a missing object.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0",
                     "GIT_LFS_SKIP_SMUDGE": "1", "GIT_ASKPASS": "", "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
-                    "LC_ALL": "C"}
+                    "GIT_ALLOW_PROTOCOL": ":".join(protocols) or "none", "GIT_NO_LAZY_FETCH": "1",
+                    "GIT_NO_REPLACE_OBJECTS": "1", "GIT_ATTR_NOSYSTEM": "1", "LC_ALL": "C"}
+    return ["git", *_QUIET, *arguments], environment
+
+
+def run_git(arguments: list[str], folder: Path, timeout_s: float,
+            protocols: tuple[str, ...] = ()) -> subprocess.CompletedProcess[bytes]:
+    """git in `folder`; see `command`.
+
+    A git that is not installed or takes too long answers with return code 127 and the reason on stderr.
+    """
+    line, environment = command(arguments, protocols)
     try:
-        return subprocess.run(["git", *_QUIET, *arguments], cwd=folder, env=environment, timeout=timeout_s,
+        return subprocess.run(line, cwd=folder, env=environment, timeout=timeout_s,
                               stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    except FileNotFoundError:
-        return subprocess.CompletedProcess(arguments, 127, b"", b"git is not installed")
+    except OSError as error:
+        reason = "git is not installed" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        return subprocess.CompletedProcess(arguments, 127, b"", reason.encode())
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(arguments, 127, b"", f"no answer in {timeout_s:g} s".encode())
+
+
+def is_repository(root: Path) -> bool:
+    """Whether git knows this folder and keeps what it knows in the folder's own tree."""
+    return git_place(root) is not None
+
+
+def git_place(root: Path) -> tuple[str, str] | None:
+    """(git's folder, `root` below the work tree as `sub/folder/` or ""), or None when git does not know it.
+
+    A `.git` that is a file, a link or holds links leads elsewhere, perhaps to somebody's private repository.
+    Only a linked work tree counts, since the main repository's entry names this very folder.
+    """
+    answer = run_git(["rev-parse", "--show-toplevel", "--git-dir", "--git-common-dir", "--show-prefix"], root,
+                     ASK_TIMEOUT_S)
+    top, own, shared, prefix = (os.fsdecode(answer.stdout).split("\n") + [""] * 4)[:4]
+    if answer.returncode or not top:
+        return None
+    marker, folder, common = os.path.join(top, ".git"), os.path.join(root, own), os.path.join(root, shared)
+    try:
+        if stat.S_ISDIR(os.lstat(marker).st_mode):
+            ours = os.path.samefile(marker, folder) and os.path.samefile(marker, common)
+        else:
+            ours = _is_linked_tree(marker, folder, common)
+    except (OSError, ValueError):
+        return None
+    return (os.path.realpath(folder), prefix) if ours and not _has_links(common) else None
+
+
+def _is_linked_tree(marker: str, folder: str, common: str) -> bool:
+    named = os.fsdecode(Path(folder, "gitdir").read_bytes()).strip()
+    return (stat.S_ISREG(os.lstat(marker).st_mode) and os.path.samefile(named, marker)
+            and os.path.samefile(os.path.join(folder, "..", ".."), common))
+
+
+def _has_links(git_folder: str) -> bool:
+    """Whether git would follow a symbolic link to its refs or objects."""
+    for place, folders, files in os.walk(git_folder):
+        if any(os.path.islink(os.path.join(place, name)) for name in (*folders, *files)):
+            return True
+        if os.path.samefile(place, git_folder):
+            folders[:] = [name for name in folders if name in ("refs", "objects", "info")]
+    return False
 
 
 def tracked_files(root: Path) -> list[str] | None:
@@ -146,6 +222,8 @@ def tracked_files(root: Path) -> list[str] | None:
     Names are decoded with surrogateescape. A folder that a surrounding repository ignores lists nothing:
     None.
     """
+    if not is_repository(root):
+        return None
     listing = run_git(["ls-files", "-z", "--cached", "--others", "--exclude-standard"], root, LIST_TIMEOUT_S)
     if listing.returncode or not listing.stdout:
         return None

@@ -1,8 +1,6 @@
-"""Credentials in source text, found by keyword, pattern and entropy, and replaced by typed placeholders.
+"""Credentials and personal data in source text, replaced by typed placeholders; the value is never kept.
 
-The rules follow the published formats that gitleaks (MIT) also knows. A rule's pattern runs only on text that
-holds one of its keywords, so clean text costs one substring search a keyword. The value of a finding is never
-kept.
+`scan` names the places where anything can stand; the rules of `secret_rules` and `personal` look there.
 """
 
 from __future__ import annotations
@@ -10,22 +8,50 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from re import Pattern
 
+from training.dataset.sources import personal
+from training.dataset.sources.scan import Places, opening_table, places
+from training.dataset.sources.secret_rules import (
+    BARE,
+    CONTEXTS,
+    GENERIC,
+    INSIDE,
+    NOT_A_SECRET,
+    SHAPES,
+    TOKENS,
+    URL_PASSWORD,
+    Context,
+    Token,
+)
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """One kind of secret. Group `secret` (or the whole match) is replaced when its entropy suffices.
-
-    `keywords` are lower case and searched in lowered text. `min_entropy` is in bits a character.
-    """
-
-    name: str
-    keywords: tuple[str, ...]
-    pattern: Pattern[str]
-    min_entropy: float = 0.0
-    guess: bool = False
+BEFORE = 96                   # characters before a value that may announce it
+MIN_BARE = 16                 # characters of a value that stands without quotes
+MIN_GENERIC_ENTROPY, MIN_URL_ENTROPY = 3.0, 2.5
+MIN_PIECE = 10                # characters of a guessed value without a separator
+NAME_CHARACTERS = 24          # of a name before the word that makes it a credential's
+MIN_CHANGES = 0.45            # share of places where the class of character changes
+_QUOTES, _OPERATORS = ("\"", "'", "`"), (":", "=", ">")
+_LINE_ENDS = ("", "\n", " ", "\t", ";")
+_WORD = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
+KINDS = tuple(dict.fromkeys(["private-key", *(rule.name for rule in TOKENS),
+                             *(name.replace("_", "-") for name in SHAPES.groupindex),
+                             *(rule.name for rule in CONTEXTS), "url-password", "generic-secret",
+                             "environment-secret"]))
+_GATE = ("key", "secret", "token", "pass", "pwd", "cred", "auth", "sig=", "-u", "salt")
+_EXAMPLES = re.compile(r"(?i)example|placeholder|change[_-]?me|dummy|your[_-]|my[_-]|xxxx|test|sample"
+                       r"|redacted|passw|secret|abcdef|qwerty|12345678|\*\*\*|\.\.\.|[{}]|%(?:[sd(]|\d*\.\d*f)|^[$%]")
+_WORDLIKE = re.compile(r"[A-Za-z]*\d{0,4}|\d+[A-Za-z]{0,3}")
+_SEPARATORS = re.compile(r"[._/:\\,&=?-]+")
+_TWO_DIGITS, _LETTER = re.compile(r"\d.*\d", re.DOTALL), re.compile(r"[A-Za-z]")
+_CHANGES = re.compile(r"[A-Z](?=[^A-Z])|[a-z](?=[^a-z])|[0-9](?=[^0-9])|[^A-Za-z0-9](?=[A-Za-z0-9])")
+_TO_QUOTE = re.compile(r"[^\s\"'`<>\\]{0,200}")
+_FROM_QUOTE = re.compile(r"[^\s\"'`<>\\]{0,60}$")
+_CODE = re.compile(r"\.(?:pyi?|[mc]?[jt]sx?|go|java|kt|rs|[ch]|cc|[ch]pp|cs|rb|php|swift|scala|lua|pl)$")
+_BEGIN_KEY = re.compile(r"-----BEGIN[ A-Z0-9]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_BODY = re.compile(r"(?:[\sA-Za-z0-9+/=\\\"',.:;#*()]|-(?!-)){64,16000}")
+_KEY_LINES = re.compile(r"(?:[\s\\nr\"'+,]{0,24}[A-Za-z0-9+/=]{40,100}){1,400}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,97 +63,7 @@ class Finding:
     rule: str
 
 
-def _rule(name: str, keywords: str, pattern: str, min_entropy: float = 0.0, guess: bool = False) -> Rule:
-    return Rule(name=name, keywords=tuple(keywords.split()), pattern=re.compile(pattern),
-                min_entropy=min_entropy,
-                guess=guess)
-
-
-def _token(prefix: str, tail: str) -> str:
-    return rf"(?<![\w-]){prefix}{tail}(?![\w-])"
-
-
-# Words of an assignment's left side that announce a credential.
-_NAMES = (r"(?:[kK]ey|KEY|[sS]ecret|SECRET|[tT]oken|TOKEN|[pP]assw|PASSW|[pP]wd|PWD|[cC]redential"
-          r"|CREDENTIAL)")
-
-RULES: tuple[Rule, ...] = (
-    _rule("private-key", "private", r"-----BEGIN[ A-Z0-9]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-          r"(?P<secret>(?:[\sA-Za-z0-9+/=\\\"',.:#*]|-(?!-)){64,16000}?)"
-          r"-----END[ A-Z0-9]{0,40}PRIVATE KEY(?: BLOCK)?-----", 3.0),
-    _rule("aws-access-key", "akia asia abia acca a3t",
-          r"(?<![A-Za-z0-9])(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}(?![A-Za-z0-9])", 3.0),
-    _rule("aws-secret-key", "aws",
-          r"(?i:aws)[\w\s.\"'-]{0,30}?(?i:secret|key)[\w\s.\"'-]{0,20}?[=:>\s\"']{1,6}"
-          r"(?P<secret>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])", 3.8),
-    _rule("github-token", "ghp_ gho_ ghu_ ghs_ ghr_", _token("gh[pousr]_", r"[A-Za-z0-9]{36,255}"), 3.0),
-    _rule("github-fine-grained-token", "github_pat_", _token("github_pat_", r"\w{36,255}"), 3.0),
-    _rule("gitlab-token", "glpat- gldt- glrt- glptt- glcbt-",
-          _token("gl(?:pat|dt|rt|ptt|cbt)-", r"[\w-]{20,64}"), 3.0),
-    _rule("slack-token", "xox xapp-", _token("(?:xox[abeoprs]|xapp)-", r"[A-Za-z0-9-]{10,250}"), 2.8),
-    _rule("slack-webhook", "hooks.slack.com",
-          r"https?://hooks\.slack\.com/(?:services|workflows|triggers)/[A-Za-z0-9+/]{40,60}"),
-    _rule("stripe-key", "sk_live sk_test rk_live rk_test sk_prod rk_prod whsec_",
-          _token("(?:[sr]k_(?:live|test|prod)|whsec)_", r"[A-Za-z0-9]{16,247}"), 3.0),
-    _rule("google-api-key", "aiza", _token("AIza", r"[\w-]{35}"), 3.0),
-    _rule("google-oauth-secret", "gocspx-", _token("GOCSPX-", r"[\w-]{28}"), 3.0),
-    _rule("google-oauth-token", "ya29.", _token(r"ya29\.", r"[\w-]{40,400}"), 3.5),
-    _rule("openai-key", "sk-",
-          _token("sk-(?:proj-|svcacct-|admin-|None-)?", r"[\w-]{20,90}T3BlbkFJ[\w-]{20,90}"), 3.0),
-    _rule("openai-key", "sk-", _token("sk-(?:proj-|svcacct-|admin-)?", r"(?=[\w-]*\d)[A-Za-z0-9]{40,200}"),
-          3.5),
-    _rule("anthropic-key", "sk-ant-", _token("sk-ant-", r"[\w-]{24,200}"), 3.0),
-    _rule("hugging-face-token", "hf_ api_org_", _token("(?:hf|api_org)_", r"[A-Za-z0-9]{34,40}"), 3.5),
-    _rule("npm-token", "npm_", _token("npm_", r"[A-Za-z0-9]{36}"), 3.0),
-    _rule("pypi-token", "pypi-ageichlwas5vcmc", _token("pypi-AgEIcHlwaS5vcmc", r"[\w-]{40,1000}"), 3.0),
-    _rule("rubygems-token", "rubygems_", _token("rubygems_", r"[a-f0-9]{48}")),
-    _rule("sendgrid-key", "sg.", _token(r"SG\.", r"[\w-]{16,32}\.[\w-]{32,64}"), 3.0),
-    _rule("mailgun-key", "mailgun", _token("key-", r"[a-f0-9]{32}"), 3.0),
-    _rule("mailchimp-key", "mailchimp", _token("", r"[a-f0-9]{32}-us\d{1,2}"), 3.0),
-    _rule("twilio-key", "twilio", _token("SK", r"[0-9a-fA-F]{32}"), 3.0),
-    _rule("telegram-token", ":aa", r"(?<![\w-])\d{8,10}:AA[\w-]{32,33}(?![\w-])", 3.5),
-    _rule("discord-token", "discord bot_token",
-          r"(?<![\w.-])[MNO][\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w.-])", 3.5),
-    _rule("discord-webhook", "api/webhooks",
-          r"https?://(?:\w+\.)?discord(?:app)?\.com/api/webhooks/\d{16,20}/[\w-]{40,}"),
-    _rule("shopify-token", "shpat_ shpca_ shppa_ shpss_", _token("shp(?:at|ca|pa|ss)_", r"[a-fA-F0-9]{32}")),
-    _rule("square-token", "sq0atp- sq0csp- sq0idp-", _token("sq0(?:atp|csp|idp)-", r"[\w-]{22,43}"), 3.0),
-    _rule("digitalocean-token", "dop_v1_ doo_v1_ dor_v1_", _token("do[opr]_v1_", r"[a-f0-9]{64}")),
-    _rule("docker-token", "dckr_pat_ dckr_oat_", _token("dckr_[po]at_", r"[\w-]{24,40}"), 3.0),
-    _rule("databricks-token", "dapi", _token("dapi", r"[a-f0-9]{32}(?:-\d)?"), 3.0),
-    _rule("vault-token", "hvs. hvb.", _token(r"hv[sb]\.", r"[\w-]{24,300}"), 3.0),
-    _rule("grafana-token", "glsa_ glc_", _token("gl(?:sa|c)_", r"[\w+/=-]{32,400}"), 3.0),
-    _rule("doppler-token", "dp.", _token(r"dp\.(?:pt|st|ct|sa)\.", r"[A-Za-z0-9]{40,44}"), 3.0),
-    _rule("linear-key", "lin_api_", _token("lin_api_", r"[A-Za-z0-9]{40}"), 3.0),
-    _rule("notion-token", "ntn_ secret_", _token("(?:ntn|secret)_", r"(?=\w*\d)[A-Za-z0-9]{43,50}"), 3.5),
-    _rule("new-relic-key", "nrak-", _token("NRAK-", r"[A-Z0-9]{27}"), 3.0),
-    _rule("postman-key", "pmak-", _token("PMAK-", r"[a-f0-9]{24}-[a-f0-9]{34}")),
-    _rule("atlassian-token", "atatt3", _token("ATATT3", r"[\w=-]{50,300}"), 3.5),
-    _rule("azure-storage-key", "accountkey", r"(?i:AccountKey)\s*=\s*(?P<secret>[A-Za-z0-9+/]{80,88}={0,2})",
-          3.8),
-    _rule("age-secret-key", "age-secret-key-1", r"AGE-SECRET-KEY-1[0-9A-Z]{58}"),
-    _rule("json-web-token", "eyj", r"(?<![\w-])eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{16,}", 3.5),
-    _rule("authorization-header", "authorization",
-          r"(?i:authorization)[\"']?\s*[:=,]\s*[fbr]?[\"']?(?i:basic|bearer|token)\s+"
-          r"(?P<secret>[A-Za-z0-9+/_.~-]{20,}={0,2})", 3.5, guess=True),
-    _rule("url-password", "://",
-          r"(?<=://)[^\s:/@\"'<>{}$%\[\]()]{1,64}:(?P<secret>[^\s:/@\"'<>{}$%\[\]()*,]{6,128})@"
-          r"[\w.-]+", 2.5, guess=True),
-    _rule("generic-secret", "key secret token passw passwd pwd credential",
-          _NAMES + r"[\w-]{0,20}[\"']?\]?[ \t]{0,3}(?:[:=]|:=|=>)\s{0,3}"
-          r"[bru]?(?P<quote>[\"'])(?P<secret>[^\s\"'`\\<>{}()\[\]$,;]{10,200})(?P=quote)", 3.5, guess=True),
-    _rule("environment-secret", "key secret token passw pwd credential",
-          r"(?m:^)[ \t]*(?:export[ \t]+|-[ \t]+)?[A-Z0-9_]{0,40}(?:KEY|SECRET|TOKEN|PASSWORD|PASSWD"
-          r"|CREDENTIALS?)"
-          r"[A-Z0-9_]{0,40}"
-          r"(?:=|:[ \t]+)(?P<secret>[A-Za-z0-9+/_-]{20,200}={0,2})[ \t]*(?m:$)", 3.8, guess=True),
-)
-KINDS = tuple(dict.fromkeys(rule.name for rule in RULES))
-_MARKS_OF_EXAMPLES = re.compile(
-    r"(?i)example|placeholder|changeme|change[_-]me|dummy|your[_-]|my[_-]|xxxx|test|sample|redacted|password"
-    r"|passwd|secret|abcdef|qwerty|12345678|\*\*\*|\.\.\.")
-_WORDS = re.compile(r"^[A-Za-z]+(?:[_./:-][A-Za-z]+)*[_.-]?\d{0,2}$")
-_TWO_DIGITS, _LETTER = re.compile(r"\d.*\d"), re.compile(r"[A-Za-z]")
+Span = tuple[int, int, str]       # start, end, rule
 
 
 def entropy(text: str) -> float:
@@ -141,40 +77,185 @@ def entropy(text: str) -> float:
 
 
 def looks_random(value: str) -> bool:
-    """Whether a guessed credential is more than a word, a path, an identifier or a documented example."""
-    if _MARKS_OF_EXAMPLES.search(value) or _WORDS.match(value):
+    """Whether a guessed credential is more than words, a path, an identifier or a documented example.
+
+    Between separators stands one piece of 10 characters or more that is no word with a number after it, and
+    it has two digits, or one and a mixture of cases.
+
+    >>> looks_random("8fkQ0z7LmX2w"), looks_random("module.version-2024.tar")
+    (True, False)
+    """
+    if _EXAMPLES.search(value) or not _LETTER.search(value):
         return False
-    if "/" in value and re.match(r"^[\w.~-]*(/[\w.~-]*)+$", value) and max(map(len, value.split("/"))) < 20:
-        return False
-    return bool(_TWO_DIGITS.search(value) and _LETTER.search(value))
+    return any(len(piece) >= MIN_PIECE and not _WORDLIKE.fullmatch(piece)
+               and (_TWO_DIGITS.search(value) is not None or is_mixed(piece))
+               for piece in _SEPARATORS.split(value))
+
+
+def is_mixed(value: str) -> bool:
+    """Whether the class of character (capital, small, digit, other) changes at 45 % of the places or more.
+
+    At random 62 % do; in names written in CamelCase about 30 %.
+
+    >>> is_mixed("HcWZl8SAjKBLMQ"), is_mixed("HiggsAudioV2TokenizerModel")
+    (True, False)
+    """
+    return len(_CHANGES.findall(value)) >= MIN_CHANGES * (len(value) - 1)
+
+
+def placeholder(rule: str) -> str:
+    """What stands in the text instead of the value.
+
+    >>> placeholder("github-token"), placeholder("email")
+    ('<secret:github-token>', '<personal:email>')
+    """
+    return f"<personal:{rule}>" if rule in personal.KINDS else f"<secret:{rule}>"
 
 
 def redact(text: str, path: str) -> tuple[str, tuple[Finding, ...]]:
-    """The text with each secret replaced by `<secret:rule>`, and what was found.
+    """The text with each credential and personal datum replaced by its placeholder, and what was found.
 
     >>> redact("key = 'AKIA" "2E0A8F3B244C9986'", "a.py")[0]
     "key = '<secret:aws-access-key>'"
     """
-    lowered = text.lower()
-    spans: list[tuple[int, int, str]] = []
-    for rule in RULES:
-        if any(keyword in lowered for keyword in rule.keywords):
-            for match in rule.pattern.finditer(text):
-                start, end = match.span("secret" if "secret" in rule.pattern.groupindex else 0)
-                if _is_secret(rule, text[start:end]) and not _overlaps(spans, start, end):
-                    spans.append((start, end, rule.name))
-    spans.sort()
-    parts, findings, position = [], [], 0
-    for start, end, name in spans:
-        parts += [text[position:start], f"<secret:{name}>"]
-        findings.append(Finding(path=path, line=text.count("\n", 0, start) + 1, rule=name))
+    found = places(text, _OPENING_TABLE)
+    spans = _without_overlaps([*_private_keys(text), *_tokens(text, found.openings),
+                               *_url_passwords(text, found.ats), *_values(text, path, found),
+                               *personal.find(text, found)])
+    parts, findings, position, line = [], [], 0, 1
+    for start, end, rule in spans:
+        line += text.count("\n", position, start)
+        findings.append(Finding(path=path, line=line, rule=rule))
+        parts += [text[position:start], placeholder(rule)]
+        line += text.count("\n", start, end)
         position = end
-    return "".join([*parts, text[position:]]), tuple(findings)
+    return ("".join([*parts, text[position:]]) if spans else text), tuple(findings)
 
 
-def _is_secret(rule: Rule, value: str) -> bool:
+def _without_overlaps(spans: Iterable[Span]) -> list[Span]:
+    """Sorted by place; of two that overlap the one named first stays."""
+    ranked = list(spans)
+    taken = bytearray(max((end for _, end, _ in ranked), default=0))
+    kept = []
+    for start, end, rule in ranked:
+        if taken.find(1, start, end) < 0:
+            taken[start:end] = b"\1" * (end - start)
+            kept.append((start, end, rule))
+    return sorted(kept)
+
+
+def _private_keys(text: str) -> Iterator[Span]:
+    """The body between the marks of a private key, or the base64 lines after a mark without an end."""
+    if "PRIVATE KEY" not in text:
+        return
+    for begin in _BEGIN_KEY.finditer(text):
+        body = _KEY_BODY.match(text, begin.end())
+        if not (body and text.startswith("-----END", body.end())):
+            body = _KEY_LINES.match(text, begin.end())
+        if body and entropy(body[0]) >= 3.0:
+            yield body.start(), body.end(), "private-key"
+
+
+def _openings(rules: Iterable[Token]) -> dict[str, list[Token]]:
+    """Rules by the first four characters of their tokens; an opening of three is followed by any."""
+    by_opening: dict[str, list[Token]] = {}
+    for rule in rules:
+        for opening in rule.openings:
+            for four in {(opening + other)[:4] for other in _WORD}:
+                by_opening.setdefault(four, []).append(rule)
+    return by_opening
+
+
+_BY_OPENING = _openings(TOKENS)
+_OPENING_TABLE = opening_table(_BY_OPENING)
+
+
+def _tokens(text: str, starts: Iterable[int]) -> Iterator[Span]:
+    for start in starts:
+        for rule in _BY_OPENING.get(text[start:start + 4], ()):
+            match = rule.pattern.match(text, start)
+            if match:
+                first, last = match.span("secret" if "secret" in rule.pattern.groupindex else 0)
+                if entropy(text[first:last]) >= rule.min_entropy:
+                    yield first, last, rule.name
+                    break
+
+
+def _url_passwords(text: str, ats: Iterable[int]) -> Iterator[Span]:
+    for at in ats:
+        match = URL_PASSWORD.search(text, max(at - 200, 0), at)
+        if match and entropy(match["secret"]) >= MIN_URL_ENTROPY and _is_password(match["secret"]):
+            yield *match.span("secret"), "url-password"
+
+
+def _is_password(value: str) -> bool:
+    """Of a URL: eight mixed characters do."""
+    return looks_random(value) or (len(value) >= 8 and is_mixed(value) and not _EXAMPLES.search(value))
+
+
+def _values(text: str, path: str, found: Places) -> Iterator[Span]:
+    for start, end in zip(found.values, found.value_ends, strict=True):
+        if not _LETTER.search(text, start, end) or text.startswith("//", start):
+            continue
+        shape = SHAPES.fullmatch(text, start, end)
+        if shape:
+            yield start, end, str(shape.lastgroup).replace("_", "-")
+            continue
+        before = text[max(start - BEFORE, 0):start]
+        lowered = before.lower()
+        if before[-1:] == ":" or any(word in lowered for word in _GATE):
+            span = _announced(text, start, end, before, lowered) or _generic(text, path, start, end, before)
+            if span:
+                yield span
+
+
+def _announced(text: str, start: int, end: int, before: str, lowered: str) -> Span | None:
+    """The value of a header, an address, a connection string ... whose form is known."""
+    end = _with_padding(text, end)
+    for rule in CONTEXTS:
+        if any(word in lowered for word in rule.keywords):
+            match = rule.value.fullmatch(text, start, end)
+            if match and rule.before.search(before):
+                first, last = match.span("secret" if "secret" in rule.value.groupindex else 0)
+                if _is_secret(rule, text[first:last]):
+                    return first, last, rule.name
+    return None
+
+
+def _with_padding(text: str, end: int) -> int:
+    """`=` ends a word, but up to two belong to base64."""
+    return end + len(text[end:end + 2]) - len(text[end:end + 2].lstrip("="))
+
+
+def _is_secret(rule: Context, value: str) -> bool:
     return entropy(value) >= rule.min_entropy and (not rule.guess or looks_random(value))
 
 
-def _overlaps(spans: list[tuple[int, int, str]], start: int, end: int) -> bool:
-    return any(start < other_end and other_start < end for other_start, other_end, _ in spans)
+def _generic(text: str, path: str, start: int, end: int, before: str) -> Span | None:
+    """A random value behind a name that says key, token, password ...: quoted, or alone on its line."""
+    shift = len(_FROM_QUOTE.search(before)[0])  # type: ignore[index]
+    right = _TO_QUOTE.match(text, end).end()  # type: ignore[union-attr]
+    quoted = before[:len(before) - shift]
+    if quoted[-1:] in _QUOTES and text[right:right + 1] == quoted[-1:] and _named(GENERIC, quoted):
+        return _judged(text, start - shift, right, "generic-secret")
+    end = _with_padding(text, end)
+    if before.rstrip(" \t")[-1:] not in _OPERATORS and "-" not in before:
+        return None
+    if _named(INSIDE, before):
+        return _judged(text, start, end, "generic-secret")
+    if text[end:end + 1] not in _LINE_ENDS or end - start < MIN_BARE or not _named(BARE, before):
+        return None
+    is_name = not _CODE.search(path) or before[before.rfind("\n") + 1:].replace("export", "").isupper()
+    return _judged(text, start, end, "environment-secret") if is_name else None
+
+
+def _named(pattern: re.Pattern[str], before: str) -> bool:
+    """Whether the text before a value ends with a name that announces a credential."""
+    lowered = before.lower()
+    match = pattern.search(lowered)
+    return match is not None and not NOT_A_SECRET.search(lowered, max(match.start() - NAME_CHARACTERS, 0))
+
+
+def _judged(text: str, start: int, end: int, rule: str) -> Span | None:
+    value = text[start:end]
+    return (start, end, rule) if entropy(value) >= MIN_GENERIC_ENTROPY and looks_random(value) else None

@@ -1,0 +1,3 @@
+namespace Shop.Inventory;
+
+public record Item(string Name, int Count);

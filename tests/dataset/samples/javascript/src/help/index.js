@@ -1,0 +1,1 @@
+export default 'Press + to count.';

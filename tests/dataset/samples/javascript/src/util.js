@@ -1,0 +1,5 @@
+function freeze(value) {
+  return Object.freeze({ ...value });
+}
+
+module.exports = { freeze };

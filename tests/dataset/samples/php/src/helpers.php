@@ -1,0 +1,6 @@
+<?php
+
+function title(string $text): string
+{
+    return ucfirst(trim($text));
+}

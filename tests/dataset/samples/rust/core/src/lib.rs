@@ -1,0 +1,5 @@
+//! Counts words.
+pub mod count;
+mod split;
+
+pub use crate::count::Counter;

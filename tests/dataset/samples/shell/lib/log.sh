@@ -1,0 +1,4 @@
+log() {
+  local message="$*"
+  printf '%s %s\n' "$(date +%T)" "$message" >&2
+}

@@ -1,0 +1,2 @@
+target="${BACKUP_TARGET:-/var/backups}"
+folders=(/etc /home)
