@@ -283,7 +283,8 @@ def test_the_manifest_holds_no_time_and_no_password(tmp_path):
 def test_several_repositories_keep_their_names_and_resolve_their_own_imports_first(tmp_path):
     one = write_tree(tmp_path / "one", {"app/a.py": "from app import b\n" + FUNCTION.format(name="a") * 9,
                                         "app/b.py": FUNCTION.format(name="b") * 9,
-                                        "app/__init__.py": "# one\n", "notes.md": "# One\n\nIt is the first.\n"})
+                                        "app/__init__.py": "# one\n",
+                                        "notes.md": "# One\n\nIt is the first.\n"})
     two = write_tree(tmp_path / "two", {"app/a.py": "from app import b\n" + FUNCTION.format(name="c") * 9,
                                         "app/b.py": FUNCTION.format(name="d") * 9,
                                         "app/__init__.py": "# two\n"})

@@ -105,7 +105,7 @@ def test_without_any_rate_the_time_is_unknown():
 
 
 def test_every_token_outside_the_held_out_share_is_a_target_once():
-    assert timing.windows_in(3_200_000, VALUES) == math.ceil(950_000 / (0.84 * 128))    # what files fill of 128
+    assert timing.windows_in(3_200_000, VALUES) == math.ceil(950_000 / (0.84 * 128))    # of 128
 
 
 def test_time_goes_by_the_mean_targets_of_a_window_and_not_by_the_most():

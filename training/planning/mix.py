@@ -18,8 +18,8 @@ from training.settings import DENSE
 # Best-fit packing wasted 0.03 % at 4,096 tokens, 0.36 % at 32,768 and 1.5 % at 131,072 (docs/dataset.md).
 PACKING_WASTE = 0.01
 # Measured on PEFT, Accelerate and NetworkX at 512, 2,048, 7,168 and 16,384 targets a window: cross-file
-# windows had 76 to 92 % of their targets. Commit windows of requests, Express, ripgrep, Flask and LevelDB had 2.6 to
-# 4.1 tokens for each target.
+# windows had 76 to 92 % of their targets. Commit windows of requests, Express, ripgrep, Flask and LevelDB had
+# 2.6 to 4.1 tokens for each target.
 CROSS_FILL = 0.84
 COMMIT_CONTEXT = 3.3
 MOST_ADDED = 0.9                 # of the targets: commits and replay (settings.RULES)
