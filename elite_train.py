@@ -225,7 +225,8 @@ def dataset(choices: Choices,
         manifest = generator.generate(progress)
     view.show(stages.manifest, manifest, advice)
     view.show(stages.windows, generator.samples(SAMPLES))
-    view.say(f"Written to {made.folder}.")
+    listed = "; left_out.tsv there lists every file left out" if manifest["files"]["dropped"] else ""
+    view.say(f"Written to {made.folder}{listed}.")
     view.document(manifest)
 
 

@@ -181,24 +181,33 @@ def packing(repo: Path, work: Path) -> dict[str, Any]:
 def one(repo: str, output: str) -> None:
     """Make one dataset in this process and print seconds, CPU seconds and peak memory as JSON."""
     import training.dataset.making  # noqa: F401  imports are not what is measured
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    from training.dataset.structure import worker
+    before = peak_mib()
     start, cpu = time.perf_counter(), time.process_time()
     marks: dict[str, float] = {}
 
     def progress(phase: str, done: int, total: int, detail: str) -> None:
         marks.setdefault(phase, round(time.perf_counter() - start, 2))
     manifest = DatasetGenerator(settings(Path(repo)), output).generate(progress)
+    seconds = time.perf_counter() - start
+    worker.close()
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(json.dumps({
-        "seconds": round(time.perf_counter() - start, 2), "cpu_s": round(time.process_time() - cpu, 2),
+        "seconds": round(seconds, 2), "cpu_s": round(time.process_time() - cpu, 2),
         "children_cpu_s": round(children.ru_utime + children.ru_stime, 2), "phases": marks,
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "before_mib": round(before / 1024), "digest": manifest["digest"], "tokens": manifest["tokens"],
+        "peak_mib": peak_mib(), "before_mib": before, "worker_peak_mib": round(children.ru_maxrss / 1024),
+        "digest": manifest["digest"], "tokens": manifest["tokens"],
         "files": {name: manifest["files"][name] for name in ("seen", "accepted", "dropped")},
         "bytes": sum(manifest["bytes"].values()), "windows": manifest["windows"], "kinds": manifest["kinds"],
         "packing": manifest["packing"], "selftest": manifest["selftest"], "leakage": manifest["leakage"],
         "dependency_coverage": manifest["dependency_coverage"],
         "replaced": manifest.get("replaced_by_rule", {})}))
+
+
+def peak_mib() -> int:
+    """Most resident memory of this process since it began; ru_maxrss would count its parent's too."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(text.split("VmHWM:")[1].split()[0]) // 1024
 
 
 def measured(repo: Path, output: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -328,3 +329,13 @@ def test_a_package_inside_a_package_is_imported_by_its_full_name(tmp_path):
     assert making.package_name(tmp_path / "top" / "sub") == "top.sub"
     assert making.package_name(tmp_path / "top" / "plain") == "plain"
     assert making.package_name(tmp_path / "top") == "top"
+
+
+def test_every_file_that_is_left_out_is_listed_with_its_reason(tmp_path):
+    repo = small_project(tmp_path / "repo")
+    write_tree(repo, {"a\tb.png": b"\0", "web/x.min.js": "var a\n" * 9, "nul.py": b"a = 1\0\n"})
+    manifest, store = make(repo, tmp_path / "run")
+    rows = [line.split("\t") for line in (store.path / "left_out.tsv").read_text().splitlines()]
+    assert sorted(rows) == sorted([["binary", "nul.py"], ["minified", "web/x.min.js"],
+                                   ["unknown type", "a\\x09b.png"]])
+    assert Counter(reason for reason, _ in rows) == manifest["files"]["dropped"]

@@ -89,9 +89,9 @@ def _coverage(found: Data) -> str:
 
 def _replaced(found: Data) -> str:
     """How many secrets and personal data were replaced, with the rules where there is room."""
-    parts = [f"{found[key]:,} {word}" for key, word in (("secrets_replaced", "secrets"), (
-        "personal_replaced", "personal data")) if found.get(key)]
-    return ", ".join(parts)
+    secrets, personal = found.get("secrets_replaced", 0), found.get("personal_replaced", 0)
+    parts = [f"{secrets:,} secret{'s' * (secrets != 1)}"] * bool(secrets)
+    return ", ".join([*parts, *[f"{personal:,} personal data"] * bool(personal)])
 
 
 def _ranked(counts: Mapping[str, int]) -> list[tuple[str, int]]:

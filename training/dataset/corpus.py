@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -102,7 +102,10 @@ class Spool:
 
 @dataclass(kw_only=True)
 class Corpus:
-    """All accepted files of all repositories, in the order of their paths, and what became of the others."""
+    """All accepted files of all repositories, in the order of their paths, and what became of the others.
+
+    `left_out`: where each of these is listed with its reason.
+    """
 
     spool: Spool
     entries: list[Entry] = field(default_factory=list)
@@ -112,6 +115,7 @@ class Corpus:
     rules: Counter[str] = field(default_factory=Counter)
     seen: set[bytes] = field(default_factory=set)
     state: Any = field(default_factory=hashlib.sha256)
+    left_out: IO[str] | None = None
 
     def counts(self) -> Counts:
         """How many files were accepted and dropped."""
@@ -119,8 +123,10 @@ class Corpus:
                       text_bytes=sum(entry.bytes for entry in self.entries), dropped=Counter(self.dropped))
 
     def drop(self, path: str, reason: str) -> None:
-        """Count a file that is left out."""
+        """Count a file that is left out, and list it."""
         self.dropped[reason] += 1
+        if self.left_out is not None:
+            self.left_out.write(f"{reason}\t{path}\n")
         if len(paths := self.examples.setdefault(reason, [])) < EXAMPLES:
             paths.append(path)
 

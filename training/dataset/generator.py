@@ -29,6 +29,7 @@ from training.settings import Config
 Progress = Callable[[str, int, int, str], None]
 MIN_CONTEXT_TOKENS = 2        # a header token, which nothing predicts, and one target
 TOLD_EVERY_S = 0.1
+LEFT_OUT = "left_out.tsv"    # every file that is left out: reason, tab, path
 _SETTINGS = ("dataset.context_tokens", "dataset.target_tokens", "dataset.held_out_share", "dataset.split",
              "dataset.fim_share", "dataset.whole_share", "dataset.fim_rate", "dataset.commit_share",
              "dataset.replay_share", "dataset.max_file_bytes", "embedded.vocab_tokens", "model.base",
@@ -105,8 +106,9 @@ class DatasetGenerator:
               progress: Progress) -> dict[str, Any]:
         state = hashlib.sha256()
         corpus, second = Corpus(spool=spool, state=state), Corpus(spool=spool, state=state)
-        for place in places:
-            self._read(corpus, place, progress)
+        with open(aside / LEFT_OUT, "w", encoding="utf-8") as corpus.left_out:
+            for place in places:
+                self._read(corpus, place, progress)
         repository.check(places[0].listing.root, corpus.counts())
         for place in replay:
             self._read(second, place, progress)

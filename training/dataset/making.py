@@ -89,7 +89,7 @@ class Maker:
                 "dependency_coverage": builder.coverage.shares(), "dependencies": builder.coverage.total,
                 "split": {"by": found.by, "why": found.why, "near_duplicates": found.near_duplicates},
                 "leakage": split.leakage(_bodies(ids, sides.held_out),
-                                         _bodies(ids, [*sides.train, *sides.commits])),
+                                         _bodies(ids, [*sides.train, *sides.commits, *sides.replay])),
                 "infilled": layout.infills, "curve": curve | {"items": len(curve["paths"])},
                 "commits": {"used": accounts.used, "skipped": dict(sorted(accounts.skipped.items()))},
                 "repositories": [{"name": place.listing.name, "named": place.named, "commit": place.commit}

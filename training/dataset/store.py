@@ -10,6 +10,7 @@
     token_bytes.npy      (V,)    uint16: UTF-8 bytes of each token's text
     ends_line.npy        (V,)    bool: the token's text ends in a line break
     completions.json             spans of held-out files to complete
+    left_out.tsv                 reason and path of every file that is left out
     tokenizer/                   loadable by transformers.AutoTokenizer
     manifest.json                counts, reasons, sizes and hashes; written last
 

@@ -17,20 +17,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-if TYPE_CHECKING:
-    from training.dataset.structure.syntax import Structure
-
+Parse = Callable[[bytes, str], Any]
 MAX_CPU_S = 3                 # an ordinary text of 1 MiB takes 0.4 s
 GARBAGE_THRESHOLD = 1_000_000 # objects: a text makes 10^5 nodes, none of them in cycles
+_PROGRAM = """
+from training.dataset.structure.syntax import parsed_structure
+from training.dataset.structure.worker import serve
+serve(parsed_structure)
+"""
 _ROOT = Path(__file__).resolve().parents[3]
 _LENGTH_BYTES = 8
 
 
-def ask(data: bytes, language: str) -> Structure | None:
-    """The structure of a text (UTF-8) by its grammar; None where there is none, or the text took too long."""
+def ask(data: bytes, language: str) -> Any:
+    """The `syntax.Structure` of a text (UTF-8) by its grammar; None where none is at hand or it took long."""
     global _worker
     with _lock:
         if _worker is None or _worker.owner != os.getpid():      # a fork has its own
@@ -50,16 +54,15 @@ class _Worker:
         self.owner = os.getpid()
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from training.dataset.structure.worker import serve; serve()"],
+            [sys.executable, "-c", _PROGRAM],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": path})
 
-    def ask(self, data: bytes, language: str) -> Structure | None:
+    def ask(self, data: bytes, language: str) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         _send(self._process.stdin, (data, language))
-        found: Structure | None = _receive(self._process.stdout)
-        return found
+        return _receive(self._process.stdout)
 
     def close(self) -> None:
         self._process.kill()
@@ -79,9 +82,8 @@ def close() -> None:
     _worker = None
 
 
-def serve() -> None:
+def serve(parse: Parse) -> None:
     """Answer until the other side closes; for each text the CPU limit is set anew."""
-    from training.dataset.structure.syntax import parsed_structure
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # the one who asks decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     gc.set_threshold(GARBAGE_THRESHOLD)
@@ -93,7 +95,7 @@ def serve() -> None:
             return
         limit_s = math.ceil(time.process_time()) + MAX_CPU_S
         resource.setrlimit(resource.RLIMIT_CPU, (limit_s if hard < 0 else min(limit_s, hard), hard))
-        _send(sys.stdout.buffer, parsed_structure(data, language))
+        _send(sys.stdout.buffer, parse(data, language))
 
 
 def _send(pipe: IO[bytes], message: Any) -> None:
