@@ -22,7 +22,8 @@ def test_a_streamed_run_under_deepspeed_ends_with_a_better_model(tmp_path):
     settings = {"stream.chunk_tokens": 384, "deepspeed.stage": 2, "training.max_steps": 4,
                 "training.trial": "false",
                 "training.accumulation": 2, "training.learning_rate": 0.01, "evaluation.windows": 2,
-                "evaluation.completions": 1, "evaluation.completion_tokens": 4}
+                "evaluation.completions": 1, "evaluation.completion_tokens": 4,
+                "evaluation.context_targets": 1}
     chosen = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "elite_train.py"), "--auto", "--context", "1024", "--repo", str(PACKAGE),

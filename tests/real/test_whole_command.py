@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = Path(typer.__file__).parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
 SMALL = ["--context", "256", "--set", "evaluation.windows=8", "--set", "evaluation.completions=4",
-         "--set", "evaluation.completion_tokens=8"]
+         "--set", "evaluation.completion_tokens=8", "--set", "evaluation.context_targets=2"]
 NO_TRIAL = ["--set", "training.trial=false"]
 pytestmark = pytest.mark.real
 
@@ -61,6 +61,19 @@ def test_the_command_ends_with_a_better_model(trained):
     assert result["memory"]["measured_bytes"] > 0 < result["memory"]["predicted_bytes"]
     assert [row["step"] for row in rows(run)] == list(range(1, 17))
     assert all(math.isfinite(row["loss"]) for row in rows(run))
+
+
+def test_the_loss_behind_each_context_stands_in_the_result_and_the_report(trained):
+    run, done = trained
+    quality = json.loads((run / "result.json").read_text())["quality"]
+    before, after = (quality[when]["context_curve"] for when in ("before", "after"))
+    assert after["items"] == before["items"] == 2
+    assert {row["kind"] for row in before["rows"]} == {"composed"}
+    assert {row["kind"] for row in after["rows"]} == {"composed", "random", "foreign"}
+    assert {row["length"] for row in after["rows"]} >= {0, 64, 128, 256}
+    assert all(math.isfinite(row["loss"]) for row in (*before["rows"], *after["rows"]))
+    assert "Loss by context" in (run / "report.html").read_text(encoding="utf-8")
+    assert "ontext" in done.stderr.split("Before", 1)[1]
 
 
 def test_every_stage_leaves_its_file_and_shows_its_reasons(trained):
