@@ -11,8 +11,7 @@ setup:  ## make or mend .venv, with the developers' tools
 
 test: setup  ## lint, types, and every test
 	$(VENV) -m ruff check .
-	$(VENV) -m mypy
-	$(VENV) -m pytest --durations=10
+	$(VENV) -m mypy & types=$$!; $(VENV) -m pytest --durations=10 && wait $$types
 
 lint: setup  ## ruff
 	$(VENV) -m ruff check .

@@ -39,10 +39,12 @@ from training.dataset.store import WindowStore  # noqa: E402
 from training.settings import Config  # noqa: E402
 from training.trainer import embedded  # noqa: E402
 from training.trainer.batches import collate  # noqa: E402
+from training.trainer.evaluation import evenly_spaced  # noqa: E402
 from training.trainer.loss import causal_loss  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-CONTEXT, TARGET, BATCH, RATE = 512, 128, 8, 2e-3
+CONTEXT, TARGET, BATCH, RATE = 256, 128, 8, 2e-3
+EVALUATED = 160              # held-out windows, evenly spaced
 RESAMPLES = 2_000
 
 
@@ -132,7 +134,7 @@ def train(store: WindowStore, config: Config, seed: int, windows: int) -> Any:
 def scores(model: Any, store: WindowStore, limit: int | None) -> dict[str, tuple[float, int]]:
     """Held-out file -> (bits, bytes) of its targets."""
     found: dict[str, tuple[float, int]] = {}
-    for index in range(store.count("held_out")):
+    for index in evenly_spaced(store.count("held_out"), EVALUATED):
         ids, labels = (torch.from_numpy(part)[None] for part in
                        store.window("held_out", index, context_limit=limit))
         nats, _ = causal_loss(model, ids, labels, None, 0)
@@ -197,7 +199,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--windows", type=int, default=6_000)
+    parser.add_argument("--windows", type=int, default=2_000)
     parser.add_argument("--output", type=Path, default=RESULTS / f"context-proof-{date.today()}.json")
     args = parser.parse_args()
     if args.repo is None:
