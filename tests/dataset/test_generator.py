@@ -339,3 +339,14 @@ def test_every_file_that_is_left_out_is_listed_with_its_reason(tmp_path):
     assert sorted(rows) == sorted([["binary", "nul.py"], ["minified", "web/x.min.js"],
                                    ["unknown type", "a\\x09b.png"]])
     assert Counter(reason for reason, _ in rows) == manifest["files"]["dropped"]
+
+
+def test_of_two_files_one_is_held_out_and_no_note_says_that_one_was_cut(tmp_path):
+    text = "".join(FUNCTION.format(name=f"f{index}") for index in range(9))
+    repo = write_tree(tmp_path / "repo", {"a.py": text, "b.py": text.replace("value", "count") + "X = 1\n"})
+    manifest, _ = make(repo, tmp_path / "run")
+    assert (manifest["files"]["train"], manifest["files"]["held_out"]) == (1, 1)
+    assert " in 2 files" in " ".join(manifest["notes"])
+    assert "its end held out" not in " ".join(manifest["notes"])
+    alone = write_tree(tmp_path / "alone", {"a.py": text})
+    assert "its end held out" in " ".join(make(alone, tmp_path / "other")[0]["notes"])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from training.dataset import building, commits, corpus, describing, split
-from training.dataset.building import Builder, Sides
+from training.dataset.building import Builder, Counts, Sides
 from training.dataset.completions import completion_spans
 from training.dataset.composer import Library
 from training.dataset.corpus import Corpus, Entry, Place, Texts
@@ -34,6 +34,17 @@ from training.settings import Config
 Progress = Callable[[str, int, int, str], None]
 MIN_CUT_SHARE = 0.1           # of a single file, held out at the least
 SELFTEST_FILES, SELFTEST_BYTES = 16, 64 << 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """Both sides' files, and the windows made of them; `ids` are all tokens."""
+
+    train: list[Entry]
+    held_out: list[Entry]
+    builder: Builder
+    counts: dict[str, Counts]
+    ids: np.ndarray
 
 
 @dataclass(kw_only=True)
@@ -62,45 +73,60 @@ class Maker:
             sides, head, foreign, about = self._encode(encoder, layout, train, held_out, accounts)
         finally:
             encoder.close()
-        ids = encoder.tokens.view()
-        library = self._library(train, held_out, sides, head, lambda start, length: np.asarray(
-            coder.ends_line[ids[start:start + length]]))
-        builder = Builder(self.folder, sides, library, layout)
-        self.progress("windows", 0, 2, "train")
-        counts = {"train": builder.train()}
-        self.progress("windows", 1, 2, "held out")
-        counts["held_out"] = builder.held_out()
-        curve = builder.curve(foreign) | {"kinds": list(CURVE_KINDS), "foreign": about}
+        made = self._build(encoder, layout, sides, (train, held_out), head)
+        curve = made.builder.curve(foreign) | {"kinds": list(CURVE_KINDS), "foreign": about}
         self.progress("write", 0, 1, "")
         structures = _Structures(self.corpus, held_out)
         spans = completion_spans(map(self.corpus.source, held_out), structures, self._seed)
         self._write(coder, encoder, spans)
-        documents = {"train": sides.train, "held_out": sides.held_out, "commits": sides.commits,
-                     "replay": sides.replay}
-        return {"format": FORMAT, "name": self.places[0].listing.name,
-                "regime": "packed" if layout.packed else "composed",
-                "files": describing.files(self.corpus, len(train), len(held_out)),
-                "languages": describing.languages(self.corpus.entries),
-                "bytes": {"train": sum(entry.bytes for entry in train),
-                          "held_out": sum(entry.bytes for entry in held_out)},
-                "tokens": describing.tokens(documents, counts),
-                "windows": {name: count.windows for name, count in counts.items()},
-                **describing.windows(counts["train"], layout.context_tokens),
-                "dependency_coverage": builder.coverage.shares(), "dependencies": builder.coverage.total,
-                "split": {"by": found.by, "why": found.why, "near_duplicates": found.near_duplicates},
-                "leakage": split.leakage(_bodies(ids, sides.held_out),
-                                         _bodies(ids, [*sides.train, *sides.commits, *sides.replay])),
-                "infilled": layout.infills, "curve": curve | {"items": len(curve["paths"])},
+        return {**self._of_files(made, found), **self._of_windows(made),
+                "curve": curve | {"items": len(curve["paths"])}, "completions": len(spans),
                 "commits": {"used": accounts.used, "skipped": dict(sorted(accounts.skipped.items()))},
-                "repositories": [{"name": place.listing.name, "named": place.named, "commit": place.commit}
-                                 for place in self.places],
-                "selftest": self._selftest(builder, train, held_out),
-                "completions": len(spans), **self._notes(sides, layout, builder),
                 **describing.replaced([self.corpus, self.replay], accounts.findings),
                 "store": {"dtype": encoder.tokens.dtype, "vocab_tokens": coder.vocab_tokens,
                           "pad_id": coder.pad_id, "eos_id": coder.eos_id, "fim": dict(coder.fim),
                           "fim_rate": layout.fim_rate, "fim_order": self._fim_order,
                           "move_tokens": layout.move_tokens, "context_tokens": layout.context_tokens}}
+
+    def _build(self, encoder: Encoder, layout: Layout, sides: Sides,
+               entries: tuple[list[Entry], list[Entry]], head: tuple[int, int]) -> _Made:
+        """The windows of both sides, written."""
+        ids, ends_line = encoder.tokens.view(), encoder.coder.ends_line
+        library = self._library(*entries, sides, head, lambda start, length: np.asarray(
+            ends_line[ids[start:start + length]]))
+        builder = Builder(self.folder, sides, library, layout)
+        self.progress("windows", 0, 2, "train")
+        counts = {"train": builder.train()}
+        self.progress("windows", 1, 2, "held out")
+        counts["held_out"] = builder.held_out()
+        return _Made(train=entries[0], held_out=entries[1], builder=builder, counts=counts, ids=ids)
+
+    def _of_files(self, made: _Made, found: split.Split) -> dict[str, Any]:
+        """The manifest's account of repositories and files."""
+        return {"format": FORMAT, "name": self.places[0].listing.name,
+                "repositories": [{"name": place.listing.name, "named": place.named, "commit": place.commit}
+                                 for place in self.places],
+                "files": describing.files(self.corpus, len(made.train), len(made.held_out)),
+                "languages": describing.languages(self.corpus.entries),
+                "bytes": {"train": sum(entry.bytes for entry in made.train),
+                          "held_out": sum(entry.bytes for entry in made.held_out)},
+                "split": {"by": found.by, "why": found.why, "near_duplicates": found.near_duplicates},
+                "selftest": self._selftest(made.builder, made.train, made.held_out)}
+
+    def _of_windows(self, made: _Made) -> dict[str, Any]:
+        """The manifest's account of tokens and windows."""
+        sides, layout, coverage = made.builder.sides, made.builder.layout, made.builder.coverage
+        documents = {"train": sides.train, "held_out": sides.held_out, "commits": sides.commits,
+                     "replay": sides.replay}
+        read = sum(document.body for document in (*sides.train, *sides.held_out))
+        return {"regime": "packed" if layout.packed else "composed", "infilled": layout.infills,
+                "tokens": describing.tokens(documents, made.counts),
+                "windows": {name: count.windows for name, count in made.counts.items()},
+                **describing.windows(made.counts["train"], layout.context_tokens),
+                "dependency_coverage": coverage.shares(), "dependencies": coverage.total,
+                "leakage": split.leakage(_bodies(made.ids, sides.held_out), _bodies(
+                    made.ids, [*sides.train, *sides.commits, *sides.replay])),
+                "notes": notes(read, layout.context_tokens, len(self.corpus.entries), coverage.total, None)}
 
     @property
     def _seed(self) -> int:
@@ -217,10 +243,6 @@ class Maker:
         np.save(self.folder / "ends_line.npy", coder.ends_line)
         write_json(self.folder / "completions.json", spans)
         write_json(self.folder / "documents.json", encoder.about)
-
-    def _notes(self, sides: Sides, layout: Layout, builder: Builder) -> dict[str, Any]:
-        size = sum(document.body for document in sides.train)
-        return {"notes": notes(size, layout.context_tokens, len(sides.train), builder.coverage.total, None)}
 
     def _selftest(self, builder: Builder, train: list[Entry], held_out: list[Entry]) -> dict[str, Any]:
         """Bits per byte of held-out files' second halves under LZMA, by what stands before them."""
