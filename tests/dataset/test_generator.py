@@ -350,3 +350,10 @@ def test_of_two_files_one_is_held_out_and_no_note_says_that_one_was_cut(tmp_path
     assert "its end held out" not in " ".join(manifest["notes"])
     alone = write_tree(tmp_path / "alone", {"a.py": text})
     assert "its end held out" in " ".join(make(alone, tmp_path / "other")[0]["notes"])
+
+
+def test_repositories_without_code_are_all_named(tmp_path):
+    for name in ("one", "two"):
+        write_tree(tmp_path / name, {"notes.md": f"# {name}\n\nWords about it, but no code at all.\n"})
+    with pytest.raises(DataError, match=r"/one and \S+/two holds no code to train on"):
+        DatasetGenerator.survey([str(tmp_path / "one"), str(tmp_path / "two")])

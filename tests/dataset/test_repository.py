@@ -64,7 +64,7 @@ def test_when_little_is_left_the_counts_the_limit_and_the_way_out_are_told():
         check("/r", counts)
     assert str(caught.value) == (
         "The repository /r holds no code to train on: 0 documents or settings and no code; left out: "
-        "3 over 10 bytes. Most were left out as over 10 bytes: Raise the limit: "
+        "3 over 10 bytes. Most often left out as over 10 bytes: Raise the limit: "
         "`--set dataset.max_file_bytes=BYTES`.")
     assert (counts.files, counts.reasons) == (3, {"over 10 bytes": 3})
 

@@ -68,7 +68,7 @@ class DatasetGenerator:
             for found in repository.read_all(place.listing, max_file_bytes):
                 counts.add(repository.unless_seen(found, seen))
         root = places[0].listing.root
-        repository.check(root, counts)
+        repository.check(_names(places), counts)
         languages = dict(sorted(counts.languages.items(), key=lambda item: (-item[1], item[0])))
         return RepositoryFacts(path=str(root), name=places[0].listing.name, files=counts.files,
                                code_files=counts.accepted, code_bytes=counts.text_bytes, languages=languages,
@@ -109,7 +109,7 @@ class DatasetGenerator:
         with open(aside / LEFT_OUT, "w", encoding="utf-8") as corpus.left_out:
             for place in places:
                 self._read(corpus, place, progress)
-        repository.check(places[0].listing.root, corpus.counts())
+        repository.check(_names(places), corpus.counts())
         for place in replay:
             self._read(second, place, progress)
         coder_of = self._coder_of(aside / "tokenizer")
@@ -195,6 +195,11 @@ def _place(repo: str, refresh: bool, several: bool) -> Place:
     commit = head.stdout.decode("ascii", "replace").strip() if head and not head.returncode else ""
     return Place(named=checkout.without_password(repo), listing=listing,
                  prefix=f"{listing.name}/" if several else "", commit=commit)
+
+
+def _names(places: Sequence[Place]) -> str:
+    """All repositories, for messages about them together."""
+    return " and ".join(str(place.listing.root) for place in places)
 
 
 def _size_bytes(places: Sequence[Place], most_bytes: int) -> int:

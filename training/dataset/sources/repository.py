@@ -133,7 +133,7 @@ def unless_seen(found: SourceFile | Dropped, seen: set[bytes]) -> SourceFile | D
 def check(root: Path | str, counts: Counts) -> None:
     """Raise DataError, with the reasons by count, when nothing or no code is left to train on."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.reasons.items())
-    most = next((f" Most were left out as {reason}: {sentence}" for reason in counts.reasons
+    most = next((f" Most often left out as {reason}: {sentence}" for reason in counts.reasons
                  if (sentence := advice(reason)) and reason != IGNORED), "")
     if not counts.accepted and set(counts.dropped) <= {IGNORED}:
         raise DataError(f"The repository {root} is empty: no file to read"
