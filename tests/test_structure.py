@@ -13,14 +13,15 @@ from training.configuration import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([ROOT / "elite_train.py", *(ROOT / "training").rglob("*.py")])
-BASICS = {"records", "rundir", "settings", "errors"}
+BASICS = {"records", "rundir", "settings", "errors", "keys"}
 START = {"bootstrap", "setup_venv", "pipview"}
 # Each room and the rooms it may import. `training.x` and `training.x.y` are both room x.
 ARROWS = {
     "errors": set(),
     "records": {"errors"},
     "rundir": {"errors", "records"},
-    "settings": {"errors"},
+    "keys": set(),
+    "settings": {"errors", "keys"},
     "bootstrap": {"setup_venv"},
     "pipview": set(),
     "setup_venv": {"bootstrap", "pipview", "errors"},

@@ -14,7 +14,6 @@ import torch
 from run_maker import configure, dataset_at
 from trainer_fakes import FakeStore, TinyModel, config_of, training_of
 
-from training.errors import UsageError
 from training.records import Result
 from training.rundir import read_record
 from training.trainer import ops
@@ -106,14 +105,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_update_on_all(tmp_path,
     found = work(tmp_path, ranks=2, stage=stage, bad_call=5)
     assert found["skipped"] == 1
     assert [row[1] is None for row in curve(tmp_path)] == [False, False, True] + [False] * 6
-
-
-def test_an_eight_bit_optimizer_is_refused_with_the_key_to_change():
-    from training.trainer.zero import ZeroEngine
-
-    with pytest.raises(UsageError, match=r"ZeRO shards or offloads .* Set optimizer\.name=adamw\."):
-        ZeroEngine(TinyModel(), {}, config_of(deepspeed__stage=2, optimizer__name="adamw_8bit"),
-                   torch.device("cpu"), Path("unused"), lambda detail: None)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 from training.families import UNFUSED
 from training.longcontext.policy import StreamPolicy
 from training.planning import mix
+from training.planning.recipe import recipe_choices
 from training.planning.situation import Situation
 from training.planning.streaming import stream_choices
 from training.planning.tiers import tier_of
@@ -95,6 +96,7 @@ def window_of(situation: Situation, context: int, source: str, why: str, recompu
 def derive(situation: Situation, window: Window) -> dict[str, Choice]:
     """A choice for every key of settings.KEYS."""
     chooser = Chooser(situation.user, described=situation.profile.source == "preset")
+    chooser.take(recipe_choices())
     _device(chooser, situation)
     _model(chooser, situation, window)
     _adapter(chooser, situation, window)

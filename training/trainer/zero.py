@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from training.errors import EliteError, Problems, UsageError
+from training.errors import EliteError, Problems
 from training.rundir import read_data
 from training.trainer import optimizers
 from training.trainer.device import Defragmenter
@@ -86,10 +86,6 @@ class ZeroEngine:
                  device: torch.device, ds_config: Path, tell: Callable[[str], None]):
         import deepspeed
 
-        if config["optimizer.name"] != "adamw":
-            raise UsageError(f"optimizer.name is {config['optimizer.name']} and deepspeed.stage is "
-                             f"{config['deepspeed.stage']}; ZeRO shards or offloads the optimizer's state "
-                             "itself. Set optimizer.name=adamw.")
         self.device = device
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.patience = FLOAT16_PATIENCE if config["model.dtype"] == "float16" else PATIENCE
