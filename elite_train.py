@@ -84,6 +84,7 @@ def chain(session: Session, view: Any, choices: Choices, *, fresh: bool, dry_run
     from training.dataset.generator import DatasetGenerator
     from training.hardware.profiler import HardwareProfiler
     from training.manager.preflight import check_disk
+    from training.planning import evidence
     from training.planning.calculator import OptimalConfigCalculator
     made = request.check(choices, DatasetGenerator.survey, fresh=fresh, claim=not dry_run)
     view.show(stages.opening, made.facts, made.request)
@@ -92,11 +93,12 @@ def chain(session: Session, view: Any, choices: Choices, *, fresh: bool, dry_run
     view.show(stages.hardware, profile)
     with view.stage("Plan") as progress:
         chosen = interview.choose_base(made.request, profile, view.console if ask else None)
-        plan = OptimalConfigCalculator(profile).calculate(made.request, chosen.base, made.facts)
+        measured = evidence.read(profile)
+        plan = OptimalConfigCalculator(profile, measured).calculate(made.request, chosen.base, made.facts)
         if plan.choices["training.trial"].value:
             check_disk(made.output, 0 if dry_run or made.request.anyway else plan.memory.disk_bytes)
             models.fetch(chosen.base, progress, plan.choices["model.revision"].value)
-        plan = trying.planned(plan, made, profile, chosen.base, session.argv, progress)
+        plan = trying.planned(plan, made, profile, chosen.base, session.argv, progress, measured)
     view.show(stages.base, chosen.base.name, chosen.why, chosen.fallback)
     view.show(stages.plan, plan)
     view.show(stages.trial, plan)
@@ -175,7 +177,7 @@ def plan(choices: Choices,
     from training.console import stages
     from training.console.view import View
     from training.dataset.generator import DatasetGenerator
-    from training.planning import trial
+    from training.planning import evidence, trial
     from training.planning.calculator import OptimalConfigCalculator
     view = View(json)
     if every:
@@ -184,7 +186,8 @@ def plan(choices: Choices,
     machine = machines.described(hardware, vram, ram, disk)
     must_load = machine.source != "preset" and not hardware
     chosen = models.choose(made.request.base_model, machine, online=True, must_load=must_load)
-    planned = trial.assumed(OptimalConfigCalculator(machine).calculate(made.request, chosen.base, made.facts))
+    calculator = OptimalConfigCalculator(machine, () if hardware else evidence.read(machine))
+    planned = trial.assumed(calculator.calculate(made.request, chosen.base, made.facts))
     view.show(stages.opening, made.facts, made.request)
     with view.stage("Hardware"):
         view.show(stages.hardware, machine)
@@ -293,12 +296,15 @@ def ledger(only: Annotated[Words, value("One optimization; repeatable.", "ID")] 
     view, items, here = View(json), catalogue(only), str(Path(__file__).resolve().parent)
     with view.stage("Hardware") as progress:
         machine = HardwareProfiler().profile(progress=progress)
+    entries = []
     with view.stage("Measuring") as progress, tempfile.TemporaryDirectory(prefix="elite-ledger-") as work:
-        measured = Ledger(here, machine, Path(work))
-        entries = [measured.measure(item, progress) for item in items]
+        for entry in Ledger(here, machine, Path(work)).measure(items, progress):
+            entries.append(entry)
+            written = save([entry], machine)  # at once: a run that is stopped keeps what it measured
     view.show(stages.ledger, entries)
-    view.say(f"Written to {save(entries, machine)}.")
+    view.say(f"Written to {written}.")
     view.document(entries)
+    raise typer.Exit(any(entry.verdict == "failed" for entry in entries))
 
 
 def run(session: Session) -> None:

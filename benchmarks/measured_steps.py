@@ -157,7 +157,8 @@ class Update:
         for parameter in self.loaded.model.parameters():
             if (state := getattr(parameter, "quant_state", None)) is not None:
                 found += [state.absmax, *([state.state2.absmax] if state.nested else [])]
-        for state in self.engine._optimizer.state.values():
+        outer = self.engine._optimizer
+        for state in (*outer.state.values(), *getattr(getattr(outer, "inner", None), "state", {}).values()):
             found += [value for name, value in state.items()
                       if torch.is_tensor(value) and not name.startswith("qmap")]
         return found

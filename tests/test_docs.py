@@ -72,9 +72,9 @@ def test_every_source_file_named_exists(page):
 
 
 @pytest.mark.parametrize("name", ["configuration.md", "models.md", "tiers.md", "optimizations.md",
-                                  "planning.md"])
+                                  "planning.md", "research.md"])
 def test_generated_pages_are_up_to_date(name):
     from training.documentation import PAGES as pages
 
-    assert len(pages) == 5
+    assert len(pages) == 6
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages[name](), "run `make docs`"

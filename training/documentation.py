@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from training import configuration, models, planner_tables, stream_tables
+from training import configuration, ledger_tables, models, planner_tables, stream_tables
 from training.hardware.profiler import from_preset
-from training.ledger import NOTICEABLE, catalogue
 from training.planning import outlook, policies, presets, tables
 from training.planning.calculator import OptimalConfigCalculator
 from training.records import GIB, Request, TierRow
@@ -23,7 +20,6 @@ SHOWN = ("qwen2.5-coder-0.5b", "phi-2", "qwen2.5-coder-7b", "qwen2.5-coder-14b")
 # Machines whose tiers are shown one by one, with this base.
 LADDERS, LADDER_BASE = ("rtx-2060-super", "rtx-3090"), "phi-2"
 REQUEST = Request(repo="example", output="runs/example", model_name="example")
-UNITS = {"memory_bytes": "Memory", "tokens_per_s": "Tokens/s", "loss": "Held-out loss"}
 
 
 MODELS = """# Base models
@@ -98,25 +94,6 @@ and pays in hours.
 To add a tier or a machine, edit `configs/tiers.yaml` or add a file to `configs/hardware/`.
 """
 
-OPTIMIZATIONS = """# Optimizations
-
-Generated from `configs/optimizations.yaml` and the newest ledger in `benchmarks/results/` by `make docs`.
-
-Exact means: the same gradients up to rounding.
-
-{catalogue}
-
-## Measured
-
-{measured}
-
-What is not in this table has not been measured.
-`python3 elite_train.py ledger` measures them on your machine; `--only ID` takes one. Both arms share
-repository, windows, seed and steps, and alternate. A difference counts when every pair of runs agrees on its
-direction and its median is above {thresholds}; otherwise the verdict is "no difference".
-
-{streamed}"""
-
 
 def models_page() -> str:
     """docs/models.md: the registry, and what each machine reaches with it."""
@@ -176,37 +153,8 @@ def _ladder(machine: str) -> str:
 
 
 def optimizations_page() -> str:
-    """docs/optimizations.md: the catalogue, and what the newest ledger in benchmarks/results/ measured."""
-    rows = [[item.name, f"`{item.id}`", f"`{item.code}`", item.paper, "yes" if item.exact else "no",
-             item.default] for item in catalogue()]
-    head = ["What", "Id", "Code", "Source", "Exact", "Default"]
-    return OPTIMIZATIONS.format(catalogue=_table(head, rows), measured=_measured(newest_ledger()),
-                                thresholds=_thresholds(), streamed=stream_tables.section())
-
-
-def _thresholds() -> str:
-    return ", ".join(f"{share:.1%} ({UNITS[name].lower()})" for name, share in NOTICEABLE.items())
-
-
-def newest_ledger() -> dict[str, Any] | None:
-    """The newest ledger record in benchmarks/results/, or None when none was made."""
-    found = sorted((ROOT / "benchmarks" / "results").glob("ledger-*.json"))
-    return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
-
-
-def _measured(record: dict[str, Any] | None) -> str:
-    if record is None:
-        return "Not measured; `python3 elite_train.py ledger` measures."
-    rows = [[row["name"], row["verdict"], *[_change(row, name) for name in NOTICEABLE], row["why"] or "-"]
-            for row in record["entries"]]
-    table = _table(["What", "Verdict", *UNITS.values(), "Why not"], rows)
-    return (f"On {record['machine']}, {record['date']}: change with the optimization on against off, median\n"
-            f"of {record['pairs']} pairs of {record['steps']} steps of the embedded model. Nothing has been\n"
-            f"measured on a GPU.\n\n{table}")
-
-
-def _change(row: dict[str, Any], name: str) -> str:
-    return f"{row['change'][name]:+.1%}" if name in row["change"] else "-"
+    """docs/optimizations.md: the catalogue, what the ledgers measured, and the streamed step."""
+    return ledger_tables.optimizations_page(stream_tables.section())
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -215,7 +163,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration.reference, "models.md": models_page,
                                        "tiers.md": tiers_page, "optimizations.md": optimizations_page,
-                                       "planning.md": planner_tables.page}
+                                       "planning.md": planner_tables.page,
+                                       "research.md": ledger_tables.research_page}
 
 
 def main() -> None:

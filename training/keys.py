@@ -98,7 +98,7 @@ KEYS: tuple[Key, ...] = (
     _key("training.gradient_noise", 0.0, "Variance of Gaussian noise on the first gradient; it falls with "
          "the steps. 0: none.", 0.0, 10.0),
     _key("training.label_smoothing", 0.0, "Share of the target's probability that is spread over the whole "
-         "vocabulary.", 0.0, 0.5),
+         "vocabulary; in the training loss only, which metrics.jsonl then shows so.", 0.0, 0.5),
     _key("training.averaging", "none", "Average of the weights that is evaluated beside the last ones; the "
          "better of the two is the result.", choices=("none", "ema", "swa")),
     _key("training.ema_decay", 0.99, "Share of the average that each update keeps (ema).", 0.0, 0.99999),
@@ -124,7 +124,7 @@ KEYS: tuple[Key, ...] = (
     _key("optimizer.lookahead_steps", 0, "Updates between two moves of Lookahead's slow weights; 0: none.", 0,
          10000),
     _key("optimizer.lookahead_share", 0.5, "Share of the way that the slow weights move.", 0.0, 1.0),
-    _key("deepspeed.stage", 0, "ZeRO stage; 0: plain Python without DeepSpeed.", 0, 3),
+    _key("deepspeed.stage", 0, "ZeRO stage; 0: without DeepSpeed.", 0, 3),
     _key("deepspeed.offload_optimizer", False, "Keep the optimizer's state in host memory."),
     _key("deepspeed.offload_parameters", False, "Keep parameters in host memory (stage 3)."),
     _key("parallel.compression", "none", "How gradients travel between devices without DeepSpeed.",

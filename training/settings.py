@@ -174,6 +174,8 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
      "parallel.compression is {parallel_compression} and one device exchanges no gradients; leave it out."),
     (lambda v: v["device.count"] % v["parallel.ring"] != 0,
      "device.count {device_count} is no multiple of parallel.ring {parallel_ring}."),
+    (lambda v: v["parallel.ring"] > 1 and v["training.compile"],
+     "training.compile and parallel.ring cannot go together; set training.compile=false."),
     (lambda v: v["parallel.ring"] > 1 and v["deepspeed.stage"] == 3,
      "parallel.ring shares out tokens and deepspeed.stage 3 weights; set deepspeed.stage=2."),
     *((lambda v, name=name: v["device.kind"] == "cpu" and bool(v[name]),

@@ -38,6 +38,14 @@ def test_deepspeed_is_its_own_launcher_with_one_rank_a_device():
     assert argv[-3:] == [str(launcher.SCRIPT), "--run-dir", str(RUN)]
 
 
+def test_several_devices_without_deepspeeds_engine_are_started_by_its_launcher_too():
+    argv = launcher.command(Config({"device.count": 3}), RUN, "/env/bin/python", port=4711)
+    assert argv[argv.index("-m") + 1] == "deepspeed.launcher.launch"
+    world = next(word for word in argv if word.startswith("--world_info=")).partition("=")[2]
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": ["-1"] * 3}
+    assert argv[-3:] == [str(launcher.SCRIPT), "--run-dir", str(RUN)]
+
+
 def test_before_python_3_11_the_working_directory_is_kept_off_the_module_path():
     assert launcher._isolation((3, 10)) == ["-I"]
     assert launcher._isolation((3, 11)) == []

@@ -140,7 +140,13 @@ def test_the_rate_says_where_it_comes_from():
     assert value(plan(profile(24), tier=1), "training.learning_rate") == 1.41e-4
     large = models.registry()["qwen2.5-coder-32b"]
     assert AdvancedOptimizer(profile(24)).learning_rate(large, True, 16).value == 1e-4
-    assert value(plan(profile(), "embedded"), "training.learning_rate") == 2e-3
+
+
+def test_a_model_made_from_nothing_has_muon_at_its_own_rate_and_adamw_at_its():
+    own = plan(profile(), "embedded")
+    assert (value(own, "optimizer.name"), value(own, "training.learning_rate")) == ("muon", 1e-2)
+    asked = plan(profile(), "embedded", settings={"optimizer.name": "adamw"})
+    assert value(asked, "training.learning_rate") == 2e-3
 
 
 def test_the_adapter_s_scale_is_the_one_the_rate_was_published_with_at_every_rank():

@@ -29,6 +29,100 @@ def test_only_the_newest_are_kept(two):
     assert not [path for path in two.iterdir() if path.name.startswith((".staging-", "trash-"))]
 
 
+def kept(path):
+    return sorted(int(folder.name.split("-")[1]) for folder in path.glob("checkpoint-*"))
+
+
+def evaluated(path, losses, **settings):
+    """A run of 9 steps whose evaluations find these held-out losses, by step; which checkpoints are there
+    after each step."""
+    training, there = training_of(path, config_of(**{"training__eval_steps": 1, **settings})), []
+    digest, after_step = checkpoints.digest_of(training.identity), training._after_step
+
+    def evaluate(step):
+        if step in losses:
+            training.journal.evaluation({"step": step, "loss": losses[step], "identity": digest})
+
+    def after():
+        after_step()
+        there.append(kept(path))
+    training.evaluate, training._after_step = evaluate, after
+    training.train()
+    return [*there[:-1], kept(path)]
+
+
+def test_the_best_and_the_newest_two_are_kept(tmp_path):
+    losses = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.4, 6: 3.2, 7: 3.1, 8: 3.9}
+    there = evaluated(tmp_path, losses, training__save_steps=1)
+    assert there == [[1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [3, 5, 6], [3, 6, 7], [3, 7, 8], [3, 8, 9]]
+
+
+def test_the_best_is_deleted_when_a_better_one_comes(tmp_path):
+    losses = {2: 4.0, 4: 4.5, 6: 4.4, 7: 3.0, 8: 4.6}
+    there = evaluated(tmp_path, losses, training__save_steps=1, training__keep_checkpoints=1)
+    assert there[3:] == [[2, 4], [2, 5], [2, 6], [7], [7, 8], [7, 9]]
+
+
+def test_of_two_equal_losses_the_newest_is_the_best(tmp_path):
+    losses = {2: 4.0, 4: 4.0, 5: 4.1}
+    assert evaluated(tmp_path, losses, training__save_steps=1, training__keep_checkpoints=1)[-1] == [4, 9]
+
+
+def test_without_keep_best_only_the_newest_stay(tmp_path):
+    losses = {2: 4.0, 4: 4.5}
+    there = evaluated(tmp_path, losses, training__save_steps=1, training__keep_best=False)
+    assert there[-1] == [8, 9]
+
+
+def test_the_best_step_is_saved_where_no_checkpoint_was_due(tmp_path):
+    losses = {1: 5.0, 3: 4.0, 5: 4.5, 7: 4.1}
+    assert evaluated(tmp_path, losses, training__save_steps=4)[-1] == [3, 8, 9]
+    only = evaluated(tmp_path / "only", losses, training__save_steps=4, training__keep_best=False)
+    assert only[-1] == [8, 9]
+
+
+def test_evaluations_of_others_choose_no_checkpoint():
+    """Of another configuration, of the untrained weights, of averaged ones, or not finite."""
+    lines = [{"step": 0, "loss": 1.0, "identity": "mine"}, {"step": 2, "loss": 1.0, "identity": "other"},
+             {"step": 4, "loss": None, "identity": "mine"}]
+    assert checkpoints.best(lines, "mine") is None
+    assert checkpoints.best([*lines, {"step": 6, "loss": 9.0, "identity": "mine"}], "mine") == 6
+
+
+def test_an_averages_evaluation_chooses_no_checkpoint(tmp_path):
+    training = training_of(tmp_path)
+    digest = checkpoints.digest_of(training.identity)
+    training.journal.evaluation({"step": 1, "loss": 2.0, "identity": digest})
+    training.journal.evaluation({"step": 2, "loss": 1.0, "identity": digest, "weights": "averaged"})
+    assert training._best() == 1
+
+
+def test_the_checkpoint_to_go_back_to_stays_beside_the_newest(two):
+    checkpoints.retain(two, 1, {8, None})
+    assert kept(two) == [8, 9]
+    checkpoints.retain(two, 1)
+    assert kept(two) == [9]
+
+
+def state_of(path, **changes):
+    """Change state.json and the manifest with it."""
+    state = json.loads((path / "state.json").read_text()) | changes
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": (path / "state.json").stat().st_size,
+                                       "sha256": checkpoints.sha256(path / "state.json")}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def test_to_go_back_to_is_the_anchor_else_the_newest_that_is_whole_and_not_amid_spikes(two):
+    assert checkpoints.before_spikes(two, 8) == "checkpoint-8"
+    assert checkpoints.before_spikes(two, 0) == "checkpoint-9"
+    state_of(two / "checkpoint-9", spikes_in_a_row=1)
+    assert checkpoints.before_spikes(two, 9) == "checkpoint-8"
+    (two / "checkpoint-8" / "weights.safetensors").write_bytes(b"")
+    assert checkpoints.before_spikes(two, 8) == ""
+
+
 def test_a_checkpoint_holds_named_tensors_and_plain_json(two):
     captured, state = checkpoints.load(two / "checkpoint-9")
     assert captured.weights.keys() == dict(TinyModel().named_parameters()).keys()
@@ -111,9 +205,53 @@ def test_changed_data_is_refused(two):
 
 @pytest.mark.parametrize("change", [{"training__keep_checkpoints": 7}, {"training__save_steps": 5},
                                     {"training__eval_steps": 5}, {"device__threads": 2},
+                                    {"training__keep_best": False}, {"training__compile": True},
+                                    {"training__kept_layers": 1}, {"training__kept_inputs": 2},
+                                    {"device__kind": "cuda", "model__fused_kernels": True},
+                                    {"stream__overlap": False},
                                     {"training__micro_batch": 4, "training__accumulation": 1}])
 def test_what_does_not_change_the_training_may_change(two, change):
     assert training_of(two, config_of(**change)).progress.step == 9
+
+
+@pytest.mark.parametrize("change", [{"training__spike_sigma": 5.0}, {"training__spike_window": 64},
+                                    {"training__label_smoothing": 0.1}, {"training__clip_norm": 0.5}])
+def test_what_changes_the_training_is_refused(two, change):
+    [name] = change
+    with pytest.raises(UsageError, match=f"^{name.replace('__', '.')} was "):
+        training_of(two, config_of(**change))
+
+
+def without(path, *names):
+    """The identity in a manifest as it was before these keys were made."""
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    for name in names:
+        del manifest["identity"]["config"][name]
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def test_a_key_that_a_checkpoint_is_older_than_counts_as_its_default(two):
+    without(two / "checkpoint-9", "training.label_smoothing", "optimizer.lookahead_steps", "dataset.also",
+            "training.spike_sigma")
+    assert training_of(two).progress.step == 9
+    with pytest.raises(UsageError, match=r"label_smoothing was 0\.0 in checkpoint-9 and is 0\.1 now"):
+        training_of(two, config_of(training__label_smoothing=0.1))
+
+
+def test_devices_that_share_windows_count_once_in_the_windows_of_an_update():
+    one, two = config_of(device__count=2), config_of(device__count=4, parallel__ring=2)
+    assert checkpoints.identity(one, "d") == checkpoints.identity(two, "d")
+    assert checkpoints.identity(one, "d")["config"]["windows per update"] == 2 * 2 * 2
+    with pytest.raises(UsageError, match="windows per update was 8 in here and is 16 now"):
+        checkpoints.refuse_changes(checkpoints.identity(one, "d"),
+                                   checkpoints.identity(config_of(device__count=4), "d"), "here")
+
+
+def test_a_key_that_became_harmless_since_is_not_compared(two):
+    manifest = json.loads((two / "checkpoint-9" / "MANIFEST.json").read_text())
+    manifest["identity"]["config"] |= {"training.compile": True, "parallel.ring": 2}
+    (two / "checkpoint-9" / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert training_of(two).progress.step == 9
 
 
 def test_another_number_of_windows_an_update_is_refused(two):

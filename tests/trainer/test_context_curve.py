@@ -251,7 +251,7 @@ def test_a_run_reads_the_ends_before_training_and_the_whole_curve_after_it(monke
     for phase in ("evaluate_before", "train", "evaluate_after"):
         engine = SimpleNamespace(share=lambda value: value, device=CPU, evaluates_together=False,
                                  on_model=lambda work, phase=phase: work(phase))
-        journal = SimpleNamespace(evaluation_at=lambda step: None, evaluation=ignore)
+        journal = SimpleNamespace(evaluation_at=lambda step, weights: None, evaluation=ignore)
         training = SimpleNamespace(engine=engine, journal=journal, store=None, loss_function=None,
                                    identity={})
         heartbeat = SimpleNamespace(beat=ignore, progress=lambda phase, check: ignore)

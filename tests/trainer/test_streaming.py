@@ -46,7 +46,7 @@ def test_every_stream_key_reaches_the_policy(tmp_path):
     config = config_of(stream__chunk_tokens=96, stream__page_tokens=32, stream__mlp_tokens=16,
                        stream__inputs="disk", stream__keep_every=2, stream__encoding="int8",
                        stream__pages="pageable", stream__attention="keep", stream__keys="keep",
-                       stream__weights="resident", training__loss_chunk_tokens=0)
+                       stream__weights="resident", stream__overlap=False, training__loss_chunk_tokens=0)
     policy = streaming.policy_of(config, tmp_path)
     for key in (key for key in KEYS if key.name.startswith("stream.")):
         assert getattr(policy, key.name.removeprefix("stream.")) == config[key.name]

@@ -16,6 +16,7 @@ from training.manager import launcher
 from training.manager.trial import NOTHING, TrialManager
 from training.planning import convergence, situation, tiers, trial
 from training.planning.calculator import OptimalConfigCalculator
+from training.planning.evidence import Evidence
 from training.planning.situation import Situation
 from training.planning.tuning import AdvancedOptimizer
 from training.records import BaseModel, HardwareProfile, Plan, Trial, TrialStep
@@ -25,9 +26,10 @@ PREFIX = ".elite-trial-"
 
 
 def planned(plan: Plan, made: Checked, profile: HardwareProfile, base: BaseModel, argv: Sequence[str],
-            progress: Progress) -> Plan:
+            progress: Progress, measured: tuple[Evidence, ...] = ()) -> Plan:
     """The plan with its ranges: measured by a trial where `training.trial` is true, else the formulas'."""
-    trying = Trying(made=made, profile=profile, base=base, argv=tuple(argv), progress=progress)
+    trying = Trying(made=made, profile=profile, base=base, argv=tuple(argv), progress=progress,
+                    measured=measured)
     plan = trying.tried(plan) if plan.choices["training.trial"].value else trial.assumed(plan)
     place = trying.place
     loss = convergence.before(place.base.shape, place.embedded, None, trial.tokens_of(plan, place))
@@ -36,7 +38,7 @@ def planned(plan: Plan, made: Checked, profile: HardwareProfile, base: BaseModel
 
 @dataclass(frozen=True, kw_only=True)
 class Trying:
-    """What a trial is taken with. `script`: the trainer's file."""
+    """What a trial is taken with. `script`: the trainer's file; `measured`: what the plan was made with."""
 
     made: Checked
     profile: HardwareProfile
@@ -44,6 +46,7 @@ class Trying:
     argv: tuple[str, ...]
     progress: Progress
     script: Path = launcher.SCRIPT
+    measured: tuple[Evidence, ...] = ()
 
     @property
     def place(self) -> Situation:
@@ -102,7 +105,7 @@ class Trying:
 
     def _smaller(self, plan: Plan, calibrated: Plan, factor: float) -> Plan:
         """Another plan, for less memory. Raises DoesNotFit when there is none."""
-        calculator = OptimalConfigCalculator(trial.shrunk(self.profile, factor))
+        calculator = OptimalConfigCalculator(trial.shrunk(self.profile, factor), self.measured)
         try:
             smaller = calculator.calculate(self.made.request, self.base, self.made.facts)
         except EliteError:

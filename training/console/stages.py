@@ -26,6 +26,7 @@ SHOWN_FIGURES = {"gpu0": {"matmul_bf16": "bf16", "matmul_fp16": "fp16", "memory_
                           "h2d_pinned": "from the host"},
                  "cpu": {"matmul_fp32": "fp32", "matmul_bf16": "bf16"},
                  "disk": {"read": "read", "write": "write"}}
+LEDGER_FIGURES = ("memory_bytes", "tokens_per_s", "loss", "loss_at_time")
 
 
 def opening(console: Console, facts: RepositoryFacts, request: Request) -> None:
@@ -202,11 +203,22 @@ def doctor(console: Console, lines: Sequence[tuple[str, str, str, str]]) -> None
 
 
 def ledger(console: Console, entries: Sequence[Any]) -> None:
-    """What each optimization did here: the median change of its on-runs against its off-runs."""
-    table = rows("Optimization", "Verdict", "Memory", "Tokens/s", "Loss", "", right=(2, 3, 4), wide=5)
+    """What each optimization did here: the mean change of its on-runs against its off-runs. Figures that do
+    not count are quiet, by the interval that the record holds."""
+    table = rows("Optimization", "Verdict", "Memory", "Tokens/s", "Loss", "At equal time", right=(2, 3, 4, 5),
+                 wide=1)
     for entry in entries:
-        changes = [f"{100 * entry.change[name]:+.1f} %" if name in entry.change else ""
-                   for name in ("memory_bytes", "tokens_per_s", "loss")]
-        style = {"helped": "good", "hurt": "bad"}.get(entry.verdict, "quiet")
-        table.add_row(plain(entry.id), plain(entry.verdict, style), *changes, plain(entry.why, "quiet"))
+        style = {"helped": "good", "hurt": "bad", "failed": "bad"}.get(entry.verdict, "quiet")
+        table.add_row(plain(entry.id), plain(entry.verdict, style), *(
+            _ledger_cell(entry.changes.get(name)) for name in LEDGER_FIGURES))
     show(console, table)
+    for entry in entries:
+        if entry.why:
+            note(console, f"{entry.id}: {entry.why}", "warn" if entry.verdict == "failed" else "quiet")
+
+
+def _ledger_cell(change: Any) -> Any:
+    if change is None:
+        return ""
+    style = {"better": "good", "worse": "bad"}.get(change.verdict, "quiet")
+    return plain(f"{100 * change.mean:+.1f} %", style)

@@ -94,9 +94,10 @@ class Builder:
             yield from ((kind, item) for item in windows.packed_windows(extra, parts, {}, layout))
 
     def held_out(self) -> Counts:
-        """The held-out split, the same in every epoch: composed context from the train side, or packed."""
+        """The held-out split, the same in every epoch: composed context from the train side, or packed. With
+        dataset.packing and without it is the same, so that the losses of both can be compared."""
         documents, counts = self.sides.held_out, Counts()
-        layout = dataclasses.replace(self.layout, varied=False)
+        layout = dataclasses.replace(self.layout, varied=False, shared=True)
         line_ends, everything = self.library.line_ends, range(len(documents))
         if layout.packed:
             parts = windows.dense_parts(documents, everything, layout, line_ends)

@@ -32,8 +32,8 @@ TOLD_EVERY_S = 0.1
 LEFT_OUT = "left_out.tsv"    # every file that is left out: reason, tab, path
 _SETTINGS = ("dataset.context_tokens", "dataset.target_tokens", "dataset.held_out_share", "dataset.split",
              "dataset.fim_share", "dataset.whole_share", "dataset.fim_rate", "dataset.commit_share",
-             "dataset.replay_share", "dataset.max_file_bytes", "embedded.vocab_tokens", "model.base",
-             "model.revision", "run.seed")
+             "dataset.replay_share", "dataset.packing", "dataset.max_file_bytes", "embedded.vocab_tokens",
+             "model.base", "model.revision", "run.seed")
 
 
 def _silent(phase: str, done: int, total: int, detail: str) -> None:

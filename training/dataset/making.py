@@ -152,7 +152,8 @@ class Maker:
         return Layout(context_tokens=config["dataset.context_tokens"],
                       target_tokens=config["dataset.target_tokens"], seed=self._seed,
                       sentinels=bool(coder.fim), fim_share=config["dataset.fim_share"],
-                      whole_share=config["dataset.whole_share"], fim_rate=config["dataset.fim_rate"])
+                      whole_share=config["dataset.whole_share"], fim_rate=config["dataset.fim_rate"],
+                      shared=config["dataset.packing"])
 
     def _encode(self, encoder: Encoder, layout: Layout, train: list[Entry], held_out: list[Entry],
                 accounts: commits.Accounts) -> tuple[Sides, tuple[int, int], list[tuple[int, int]], str]:

@@ -45,7 +45,9 @@ CROSS, FIM, WHOLE, COMMIT, REPLAY = "cross-file", "fim", "whole", "commit", "rep
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What decides the shape of windows. `sentinels`: whether the base knows how to fill in a middle."""
+    """What decides the shape of windows. `sentinels`: whether the base knows how to fill in a middle.
+    `shared`: whether targets of several files may stand in one window (dataset.packing).
+    """
 
     context_tokens: int
     target_tokens: int
@@ -55,6 +57,7 @@ class Layout:
     whole_share: float = 0.0
     fim_rate: float = 0.0
     varied: bool = True          # false: every epoch is the same
+    shared: bool = True
 
     @property
     def packed(self) -> bool:
@@ -132,7 +135,8 @@ def dense_parts(documents: Sequence[Document], chosen: Sequence[int], layout: La
 
 def packed_windows(documents: Sequence[Document], parts: Sequence[Part], edges: Edges,
                    layout: Layout) -> Iterator[Window]:
-    """Parts of one folder side by side, dependencies before what imports them."""
+    """Parts of one folder side by side, dependencies before what imports them; where windows are not shared,
+    each part in one by itself."""
     rank = topological({path: tuple(targets) for path, targets in edges.items()})
 
     def order(item: int) -> tuple[int, str, int]:
@@ -141,7 +145,9 @@ def packed_windows(documents: Sequence[Document], parts: Sequence[Part], edges: 
 
     sizes = [size_of(documents[part.document], part) for part in parts]
     groups = [posixpath.dirname(documents[part.document].path) for part in parts]
-    bins = [sorted(chosen, key=order) for chosen in pack_related(sizes, groups, layout.context_tokens)]
+    packed = (pack_related(sizes, groups, layout.context_tokens) if layout.shared
+              else [[item] for item in range(len(parts))])
+    bins = [sorted(chosen, key=order) for chosen in packed]
     known = {documents[part.document].path for part in parts}
     for chosen in sorted(bins, key=lambda chosen: order(chosen[0])):
         yield _side_by_side(documents, [parts[item] for item in chosen], edges, known)
@@ -195,7 +201,10 @@ def target_groups(documents: Sequence[Document], parts: Sequence[Part], layout: 
     together: a window costs its whole length, however few of its tokens are targets.
 
     At most one part of a group begins inside its file; it comes first, where its preceding text can stand.
+    Where windows are not shared, each part is a group.
     """
+    if not layout.shared:
+        return [[part] for part in sorted(parts)]
     folders: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
         folders[posixpath.dirname(documents[part.document].path)].append(part)

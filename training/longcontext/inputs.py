@@ -99,7 +99,11 @@ class HostStore:
         self._entries[key] = _Entry(buffer, self._transfer.save(tensor, buffer))
 
     def fetch(self, key: Key) -> None:
-        """Copy up."""
+        """Copy up, if copies overlap."""
+        if self._transfer.overlap:
+            self._bring(key)
+
+    def _bring(self, key: Key) -> None:
         if key in self._entries and key not in self._coming:
             buffer, saved = self._entries[key]
             target = torch.empty(buffer.shape, dtype=buffer.dtype, device=self._device)
@@ -107,7 +111,7 @@ class HostStore:
 
     def get(self, key: Key) -> Tensor:
         """The copy on the device."""
-        self.fetch(key)
+        self._bring(key)
         target, event = self._coming.pop(key)
         self._transfer.wait(event)
         return target
@@ -152,10 +156,12 @@ class _Range(NamedTuple):
 
 
 class DiskStore:
-    """Ranges of one unlinked file, written and read ahead by a thread. Raises StoreFull when the disk is."""
+    """Ranges of one unlinked file, written and read ahead by a thread; without `overlap` each write and each
+    read is waited for. Raises StoreFull when the disk is."""
 
-    def __init__(self, device: torch.device, directory: str):
+    def __init__(self, device: torch.device, directory: str, overlap: bool = True):
         self._device, self._folder = device, directory or None
+        self._ahead = WRITES_AHEAD if overlap else 0
         self._directory = directory or tempfile.gettempdir()
         self._open()
 
@@ -182,7 +188,7 @@ class DiskStore:
         written = self._worker.submit(self._write, start, raw)
         self._ranges[key] = _Range(start, size, host.shape, host.dtype, written)
         self._writing.append(written)
-        if len(self._writing) > WRITES_AHEAD:
+        if len(self._writing) > self._ahead:
             self._done(self._writing.popleft())
 
     def _room(self, size: int) -> int:
@@ -209,7 +215,11 @@ class DiskStore:
             done += os.pwrite(self._file.fileno(), raw[done:], start + done)
 
     def fetch(self, key: Key) -> None:
-        """Read ahead."""
+        """Read ahead, if copies overlap."""
+        if self._ahead:
+            self._begin(key)
+
+    def _begin(self, key: Key) -> None:
         if key in self._ranges and key not in self._coming:
             self._coming[key] = self._worker.submit(self._read, self._ranges[key])
 
@@ -226,7 +236,7 @@ class DiskStore:
     def get(self, key: Key) -> Tensor:
         """Wait for the write, then for the read."""
         self._done(self._ranges[key].written)
-        self.fetch(key)
+        self._begin(key)
         found: Tensor = self._done(self._coming.pop(key))
         return found.to(self._device)
 
@@ -267,7 +277,7 @@ def _bytes_of(host: Tensor) -> memoryview:
 def build(place: str, device: torch.device, transfer: Transfer, directory: str) -> Store:
     """The store of a policy's place."""
     if place == "disk":
-        return DiskStore(device, directory)
+        return DiskStore(device, directory, transfer.overlap)
     if place == "device":
         return DeviceStore() if device.type != "cpu" else MainStore(device, transfer)
     return HostStore(device, transfer)

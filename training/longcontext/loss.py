@@ -51,17 +51,21 @@ def _pieces(targets: Tensor, size: int) -> Iterator[slice]:
             yield part
 
 
-def summed(head: Head, hidden: Tensor, targets: Tensor, size: int) -> Tensor:
-    """Summed loss of a chunk in fp32 or better: hidden (B, C, H), targets (B, C). No gradients."""
+def summed(head: Head, hidden: Tensor, targets: Tensor, size: int, smoothing: float = 0.0) -> Tensor:
+    """Summed loss of a chunk in fp32 or better: hidden (B, C, H), targets (B, C). No gradients.
+
+    `smoothing`: share of each target's probability that the whole vocabulary divides among it
+    (arXiv:1512.00567 section 7).
+    """
     total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
         for part in _pieces(targets, size):
-            total += _cross_entropy(head(hidden[:, part], part), targets[:, part])
+            total += _cross_entropy(head(hidden[:, part], part), targets[:, part], smoothing)
     return total
 
 
 def with_gradients(head: Head, hidden: Tensor, targets: Tensor, size: int, sums: Sums,
-                   scale: Tensor | None) -> tuple[Tensor, Tensor]:
+                   scale: Tensor | None, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Summed loss of a chunk and its gradient by `hidden`; gradients of parameters are added to `sums`.
 
     `scale` multiplies the gradient before it passes through the head, where fp16 would lose small values.
@@ -71,7 +75,7 @@ def with_gradients(head: Head, hidden: Tensor, targets: Tensor, size: int, sums:
     for part in _pieces(targets, size):
         piece = hidden[:, part].detach().requires_grad_()
         with torch.enable_grad():
-            loss = _cross_entropy(head(piece, part), targets[:, part])
+            loss = _cross_entropy(head(piece, part), targets[:, part], smoothing)
         found = torch.autograd.grad(loss, (piece, *sums.parameters), scale, allow_unused=True)
         total += loss.detach()
         by_hidden[:, part] = found[0]
@@ -79,10 +83,10 @@ def with_gradients(head: Head, hidden: Tensor, targets: Tensor, size: int, sums:
     return total, by_hidden
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """As Transformers computes it: logits in fp32 or better."""
     return F.cross_entropy(logits.flatten(0, 1).to(wide(logits.dtype)), targets.flatten(),
-                           ignore_index=IGNORED, reduction="sum")
+                           ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

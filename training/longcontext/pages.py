@@ -161,7 +161,7 @@ class Ring:
                 self._save(number * self._page, zeros, 2)
 
     def sweep(self, blocks: Sequence[Block], gradients: bool) -> Iterator[tuple[Block, Keys]]:
-        """Load one block ahead, but not past a block whose gradients it shares."""
+        """Load one block ahead if copies overlap, but not past a block whose gradients it shares."""
         last = 4 if gradients else 2
         if gradients:
             self._begin_gradients()
@@ -169,7 +169,8 @@ class Ring:
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             held, events = ahead or self._load(block.k0, block.k1, 0, last)
             ahead = None
-            if following is not None and not (gradients and _overlap(block, following)):
+            if self._transfer.overlap and following is not None and not (
+                    gradients and _overlap(block, following)):
                 ahead = self._load(following.k0, following.k1, 0, last)
             for event in events:
                 self._transfer.wait(event)

@@ -47,6 +47,7 @@ class Run:
         self.chunks = [(start, min(start + size, length)) for start in range(0, length, size)]
         self.lowest = 0
         self.gathered: Callable[[Sequence[Tensor]], AbstractContextManager[Any]] = nullcontext
+        self.smoothing = 0.0
         self.seed = int(torch.randint(1 << 62, ()).item()) if self.anatomy.model.training else None
         self._length_dependent = bool(self.anatomy.length_dependent())
         self._calls: dict[int, list[Call]] = {}
@@ -243,7 +244,7 @@ class Run:
         start, stop = self.chunks[chunk]
         key = ("x", len(self.anatomy.layers), chunk)
         found = loss.summed(self._head(chunk), self.store.get(key), self.targets[:, start:stop],
-                            self.policy.loss_tokens)
+                            self.policy.loss_tokens, self.smoothing)
         if not self.training:
             self.store.drop(key)
         return found
@@ -253,7 +254,7 @@ class Run:
         key = ("x", len(self.anatomy.layers), chunk)
         targets, size = self.targets[:, start:stop], self.policy.loss_tokens
         found, gradient = loss.with_gradients(self._head(chunk), self.store.get(key), targets, size, sums,
-                                              scale)
+                                              scale, self.smoothing)
         self.store.drop(key)
         self.store.put(("dy", chunk), gradient)
         return found

@@ -33,6 +33,7 @@ class StreamPolicy:
     `weights`: "resident", or "streamed": frozen weights of decoder layers stay on the host and visit the
     device one layer at a time.
     `directory`: of the input store on disk; empty is the system's temporary folder.
+    `overlap`: copies run beside the computation and begin before they are needed; False makes each wait.
     """
 
     chunk_tokens: int = 4096
@@ -47,6 +48,7 @@ class StreamPolicy:
     keys: str = "recompute"
     weights: str = "resident"
     directory: str = ""
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         problems = [*self._sizes(), *self._words()]
@@ -66,8 +68,10 @@ class StreamPolicy:
         allowed = {"inputs": PLACES, "encoding": ENCODINGS, "pages": PAGE_PLACES,
                    "keys": ("recompute", "keep"), "attention": ("recompute", "keep"),
                    "weights": ("resident", "streamed")}
-        return [f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(words)}."
-                for name, words in allowed.items() if getattr(self, name) not in words]
+        found = [f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(words)}."
+                 for name, words in allowed.items() if getattr(self, name) not in words]
+        return found if isinstance(self.overlap, bool) else [
+            *found, f"overlap is {self.overlap!r}; it must be true or false."]
 
     @property
     def keys_per_call(self) -> int:

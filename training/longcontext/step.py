@@ -52,7 +52,8 @@ class StreamedStep(nn.Module):
         attention.register()
         kernels.activate_newer_flash(self._device)
         self._gather = gather
-        self._transfer = Transfer(self._device, pinned="pinned" in (self.policy.inputs, self.policy.pages))
+        self._transfer = Transfer(self._device, pinned="pinned" in (self.policy.inputs, self.policy.pages),
+                                  overlap=self.policy.overlap)
         store = inputs.build(self.policy.inputs, self._device, self._transfer, self.policy.directory)
         weights = None
         if self.policy.weights == "streamed":
@@ -62,13 +63,15 @@ class StreamedStep(nn.Module):
         self._current: Run | None = None
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
+                attention_mask: Tensor | None = None, reduction: str = "mean",
+                smoothing: float = 0.0) -> Tensor:
         """Loss of (B, S) ids against (B, S) labels, -100 for no loss; fp32 or better, shifted as
         Transformers does.
 
         `position_ids` (B, S) or (1, S): a position that does not follow its left neighbour begins a document,
         and documents do not see each other. `attention_mask` (B, S): only padding on the right, which changes
-        nothing. `reduction`: "mean" over label tokens, or "sum".
+        nothing. `reduction`: "mean" over label tokens, or "sum". `smoothing`: of the labels, as
+        F.cross_entropy's `label_smoothing`.
         """
         _check(input_ids, labels, attention_mask, reduction)
         _in_vocabulary(input_ids, labels, self._machine.anatomy)
@@ -83,7 +86,7 @@ class StreamedStep(nn.Module):
         training = torch.is_grad_enabled() and any(p.requires_grad for p in anatomy.model.parameters())
         room = self._room(input_ids.shape[1])
         run = Run(self._machine, room, input_ids.to(self._device), targets, positions, rows, training)
-        run.gathered = self.gathered
+        run.gathered, run.smoothing = self.gathered, smoothing
         self._current = run
         with torch.inference_mode(False), torch.set_grad_enabled(training), run.at_work():
             total = _Chain(self, run).loss() if training else _value(self, run)

@@ -25,17 +25,23 @@ def mlps(layer: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def tiled(modules: list[nn.Module], tile: int) -> Iterator[None]:
-    """Run these modules tile by tile for a while; (B, C, H) -> (B, C, H). `tile` 0 changes nothing."""
+    """Run these modules tile by tile for a while; (B, C, H) -> (B, C, H). `tile` 0 changes nothing.
+
+    A forward that others put on the module itself (fused kernels do) is there again afterwards.
+    """
     if not tile:
         yield
         return
+    own = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:
             module.forward = _wrapped(module, module.forward, tile)
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, own, strict=True):
             module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 def _wrapped(module: nn.Module, plain: Callable[..., Any], tile: int) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """Copies between the device and the host on streams of their own, so that they run beside the computation.
 
-On a device without streams (a CPU) a copy is done when the call returns and an event is None.
+On a device without streams (a CPU), and where copies are not to overlap, a copy is done when the call returns
+and an event is None.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ ALIGNMENT = 64
 
 
 class Transfer:
-    """One stream towards the device and one from it. `pinned` host buffers copy without the CPU waiting."""
+    """One stream towards the device and one from it. `pinned` host buffers copy without the CPU waiting.
+    `overlap` False: copies run on the computation's own stream, and nothing is fetched ahead."""
 
-    def __init__(self, device: torch.device, pinned: bool):
+    def __init__(self, device: torch.device, pinned: bool, overlap: bool = True):
         self.device = device
         self.pinned = pinned and device.type == "cuda"
-        self._streams = device.type == "cuda"
+        self.overlap = overlap
+        self._streams = device.type == "cuda" and overlap
         self._down = torch.cuda.Stream(device) if self._streams else None
         self._up = torch.cuda.Stream(device) if self._streams else None
         self._slab = torch.empty(0, dtype=torch.uint8)

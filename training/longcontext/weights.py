@@ -47,12 +47,13 @@ class StreamedWeights:
 
     @contextmanager
     def on_device(self, layer: int, following: int) -> Iterator[None]:
-        """The layer's weights in place; `following` is the one to fetch meanwhile."""
+        """The layer's weights in place; `following` is the one to fetch meanwhile, if copies overlap."""
         self.fetch(layer)
         for (parameter, _), (target, event) in zip(self._homes[layer], self._coming.pop(layer), strict=True):
             self._transfer.wait(event)
             parameter.data = target
-        self.fetch(following)
+        if self._transfer.overlap:
+            self.fetch(following)
         try:
             yield
         finally:

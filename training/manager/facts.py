@@ -52,8 +52,10 @@ def gather(run_path: str | Path) -> Facts:
 
 
 def by_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows in the order of their steps: the untrained weights (step 0) may have been evaluated last."""
-    return sorted(rows, key=lambda row: number(row, "step") or 0)
+    """Rows of the steps' own weights (not of their average) in the order of their steps: the untrained ones
+    (step 0) may have been evaluated last."""
+    own = [row for row in rows if row.get("weights", "last") == "last"]
+    return sorted(own, key=lambda row: number(row, "step") or 0)
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -29,13 +29,15 @@ def command(config: Mapping[str, Any], run_path: Path, python: str, *, script: P
             arguments: Sequence[str] = (), port: int = 29500, devices: Sequence[str] = ()) -> list[str]:
     """The command line that starts the trainer on one run directory, with `arguments` before it.
 
-    Plain Python at `deepspeed.stage` 0, else DeepSpeed's launcher for one node. Its `launch` module is called
-    itself, not through `deepspeed`/`runner`: that layer imports DeepSpeed a second time (ranks start after
-    6.7 s instead of 3.2 s on 2 cores), exits 0 when its child dies of a signal, and reads a host file.
-    `devices` are the values for CUDA_VISIBLE_DEVICES, one per rank (see `device_ids`).
+    Plain Python on one device at `deepspeed.stage` 0, else DeepSpeed's launcher for one node, which sets the
+    ranks' environment whatever they run. torch's own, `torch.distributed.run`, puts each rank in a session of
+    its own (torch 2.13), where a signal to the trainer's process group does not reach it. DeepSpeed's
+    `launch` module is called itself, not through `deepspeed`/`runner`: that layer imports DeepSpeed a second
+    time (ranks start after 6.7 s instead of 3.2 s on 2 cores), exits 0 when its child dies of a signal, and
+    reads a host file. `devices` are the values for CUDA_VISIBLE_DEVICES, one per rank (see `device_ids`).
     """
     trainer = [str(script), *arguments, "--run-dir", str(run_path)]
-    if config["deepspeed.stage"] == 0:
+    if config["deepspeed.stage"] == 0 and config["device.count"] == 1:
         return [python, *trainer]
     return [python, *_isolation(), "-m", "deepspeed.launcher.launch",
             f"--world_info={_world_info(devices or device_ids(config, {}))}",

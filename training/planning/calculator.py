@@ -12,6 +12,7 @@ from training import expectations
 from training.errors import raise_all
 from training.longcontext.policy import StreamPolicy
 from training.planning import choices, limits, policies, refusals, situation, streaming, tiers, timing
+from training.planning.evidence import Evidence
 from training.planning.limits import Candidate, gib, hours
 from training.planning.refusals import SMALL_CONTEXTS
 from training.planning.situation import Situation
@@ -36,8 +37,9 @@ class OptimalConfigCalculator:
     """Chooses the longest context that memory, disk, hours and repository allow, and everything that goes
     with it."""
 
-    def __init__(self, profile: HardwareProfile):
-        self.profile = profile
+    def __init__(self, profile: HardwareProfile, measured: tuple[Evidence, ...] = ()):
+        """`measured`: what the ledger says of this machine (`evidence.read`)."""
+        self.profile, self.measured = profile, measured
         self.tiers = tiers.load()
 
     def calculate(self, request: Request, base: BaseModel, facts: RepositoryFacts) -> Plan:
@@ -70,7 +72,7 @@ class OptimalConfigCalculator:
         return self._cut(place, chosen)
 
     def _place(self, request: Request, base: BaseModel, facts: RepositoryFacts) -> Situation:
-        place, problems = situation.build(request, self.profile, base, facts, self.tiers)
+        place, problems = situation.build(request, self.profile, base, facts, self.tiers, self.measured)
         raise_all(problems)
         return place
 
@@ -93,7 +95,7 @@ class OptimalConfigCalculator:
 
     def _fitting(self, place: Situation, request: Request, base: BaseModel) -> Candidate | None:
         """The window for another request on the same machine, or None where it would be refused."""
-        other, problems = situation.build(request, self.profile, base, place.facts, self.tiers)
+        other, problems = situation.build(request, self.profile, base, place.facts, self.tiers, self.measured)
         if problems or (request.tier is None and self._hopeless(other)):
             return None
         candidate = self._choose(other, self._rows(other)).candidate

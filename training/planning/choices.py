@@ -10,7 +10,8 @@ from typing import Any
 from training.families import UNFUSED
 from training.longcontext.policy import StreamPolicy
 from training.planning import mix
-from training.planning.recipe import recipe_choices
+from training.planning.evidence import Evidence
+from training.planning.recipe import DEPENDENT, FIXED, optimizer_choices, optimizer_name
 from training.planning.situation import Situation
 from training.planning.streaming import stream_choices
 from training.planning.tiers import tier_of
@@ -18,7 +19,7 @@ from training.planning.timing import window_s, windows_in
 from training.planning.tuning import AdvancedOptimizer, UltraAdvancedOptimizer
 from training.planning.tuning.advanced import LORA_ALPHA, Work
 from training.records import Choice
-from training.settings import KEYS
+from training.settings import KEYS, contradictions
 
 EMBEDDED_CONTEXT = 512           # beyond 128 tokens a model this small gains nothing (docs/research.md)
 EMBEDDED_BUDGET_S = 150.0        # of 300 s: profile 15, trial 15, dataset 25, imports 10, evaluations 20
@@ -50,17 +51,21 @@ class Window:
 class Chooser(Mapping[str, Any]):
     """Collects choices; a key the user set keeps the user's value. Reads as a mapping of the values so far.
 
-    `described`: the machine is a description, so what would be "measured" is "preset".
+    `described`: the machine is a description, so what would be "measured" is "preset". `evidence`: what was
+    measured here about keys, which holds before what is planned for them.
     """
 
-    def __init__(self, user: Mapping[str, Any], described: bool = False):
+    def __init__(self, user: Mapping[str, Any], described: bool = False, evidence: tuple[Evidence, ...] = ()):
         self.user, self.described = user, described
+        self.evidence = {name: each for each in evidence for name in each.keys}
         self.choices: dict[str, Choice] = {}
 
     def put(self, name: str, value: Any, source: str, why: str) -> Any:
         """Record a choice and return the value that holds."""
         if name in self.user:
             self.choices[name] = Choice(self.user[name], "user", "set by the user")
+        elif (known := self.evidence.get(name)) and known.holds(name, value):
+            self.force(name, known.keys[name], "measured", known.why)
         else:
             self.force(name, value, source, why)
         return self.choices[name].value
@@ -94,9 +99,26 @@ def window_of(situation: Situation, context: int, source: str, why: str, recompu
 
 
 def derive(situation: Situation, window: Window) -> dict[str, Choice]:
-    """A choice for every key of settings.KEYS."""
-    chooser = Chooser(situation.user, described=situation.profile.source == "preset")
-    chooser.take(recipe_choices())
+    """A choice for every key of settings.KEYS, with what was measured as far as the rest of the plan can
+    honour it: what contradicts that is left out, the smallest gain first."""
+    kept = situation.evidence
+    made = _derive(situation, window, kept)
+    while kept and _contradict(made):
+        fewer = [kept[:index] + kept[index + 1:] for index in reversed(range(len(kept)))]
+        plans = ((some, _derive(situation, window, some)) for some in fewer)
+        kept, made = next(((some, plan) for some, plan in plans if not _contradict(plan)),
+                          (fewer[0], _derive(situation, window, fewer[0])))
+    return made
+
+
+def _contradict(made: Mapping[str, Choice]) -> bool:
+    return bool(contradictions({name: choice.value for name, choice in made.items()}))
+
+
+def _derive(situation: Situation, window: Window, evidence: tuple[Evidence, ...]) -> dict[str, Choice]:
+    chooser = Chooser(situation.user, situation.profile.source == "preset", evidence)
+    for name, (value, why) in FIXED.items():
+        chooser.put(name, value, "preset", why)
     _device(chooser, situation)
     _model(chooser, situation, window)
     _adapter(chooser, situation, window)
@@ -107,9 +129,12 @@ def derive(situation: Situation, window: Window) -> dict[str, Choice]:
     each_s = window_s(situation.base.shape, chooser, situation.profile)
     _batch(chooser, situation, each_s)
     _ultra(chooser, situation, each_s)
-    _optimizer(chooser, situation)
+    chooser.take({"optimizer.name": optimizer_name(chooser, situation)})
+    chooser.take(optimizer_choices(chooser, situation))
     _length(chooser, situation, each_s)
     _rest(chooser, situation)
+    for name, (value, switch, off, used, unused) in DEPENDENT.items():
+        chooser.put(name, value, "preset", unused if chooser[switch] == off else used)
     return {key.name: chooser.choices[key.name] for key in KEYS}
 
 
@@ -303,29 +328,6 @@ def _ultra(chooser: Chooser, situation: Situation, each_s: float) -> None:
     """Warm-up, allocator, pool, clipping, kernel choice."""
     micro_s = each_s * int(chooser["training.micro_batch"])
     chooser.take(UltraAdvancedOptimizer(situation.profile, situation.user).choices(chooser, micro_s))
-
-
-def _optimizer(chooser: Chooser, situation: Situation) -> None:
-    embedded, lora = situation.embedded, chooser["lora.enabled"]
-    windows = math.prod(int(chooser[name]) for name in ("training.micro_batch", "training.accumulation",
-                                                        "device.count"))
-    tuning = AdvancedOptimizer(situation.profile, situation.user)
-    chooser.take({"training.learning_rate": tuning.learning_rate(situation.base, lora, windows, embedded)})
-    chooser.put("training.schedule", "cosine", "preset", "ends low, so the last step is the best one")
-    chooser.put("training.warmup_share", 0.05 if embedded else 0.03, "preset", "Adam's moments settle first")
-    chooser.put("training.min_lr_share", 0.1, "preset", "the last updates still move")
-    chooser.put("training.weight_decay", 0.0 if lora else 0.01, "preset",
-                "an adapter is small and starts at zero" if lora else "on matrices only")
-    eight_bit = (lora and chooser["device.kind"] == "cuda" and not chooser["deepspeed.stage"]
-                 and "bitsandbytes_8bit" in situation.profile.supports
-                 and situation.works("bitsandbytes_8bit")[0])
-    chooser.put("optimizer.name", "paged_adamw_8bit" if eight_bit else "adamw", "derived",
-                "2 bytes of state a weight instead of 8, paged out when memory runs short" if eight_bit else
-                "its state is small beside the rest" if lora else "exact moments in fp32")
-    chooser.put("optimizer.beta1", 0.9, "preset", "Adam's usual first decay")
-    chooser.put("optimizer.beta2", 0.999 if lora else 0.95, "preset",
-                "QLoRA's (arXiv:2305.14314, appendix B)" if lora else "follows short runs faster than 0.999")
-    chooser.put("optimizer.eps", 1e-8, "preset", "Adam's usual value")
 
 
 def _length(chooser: Chooser, situation: Situation, per_window_s: float) -> None:

@@ -18,7 +18,7 @@ from training.planning import mix, streaming, timing
 from training.records import BaseModel, HardwareProfile, Memory, ModelShape, TrialStep
 
 # Terms of a plan's memory that do not move with the context.
-FIXED = ("weights", "adapter", "gradients", "optimizer", "runtime")
+FIXED = ("weights", "adapter", "gradients", "optimizer", "average", "exchange", "runtime")
 LEAST_GROWTH_BYTES = 16 << 20    # two peaks closer than this are not told apart from the allocator's steps
 SLOPES = (0.3, 3.0)              # beyond these the formulas are not of the policy that ran
 LEAST_SHARE = 0.3                # of a micro-batch's formula time, for attention's rate to be fitted apart

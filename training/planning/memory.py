@@ -36,7 +36,7 @@ GLIBC_HEAP_BYTES = 32 * MIB
 TRAINER_HOST_BYTES = 3 * GIB          # resident set of a CUDA process with torch, pinned buffers included
 COMMAND_HOST_BYTES = 150 * MIB        # the command that watches it
 BUCKET_ELEMENTS = 50_000_000          # reduce_bucket_size and allgather_bucket_size in ds_config.json
-ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256}
+ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256, "muon": 8.0}
 
 
 def estimate(base: BaseModel, values: Mapping[str, Any], dataset_tokens: int = 0,
@@ -57,10 +57,14 @@ def device_terms(shape: ModelShape, values: Mapping[str, Any]) -> dict[str, floa
 
 
 def outer_terms(shape: ModelShape, values: Mapping[str, Any]) -> dict[str, float]:
-    """What does not depend on how the step is taken."""
-    return {"weights": weight_bytes(shape, values), "adapter": adapter_bytes(shape, values),
-            "optimizer": optimizer_bytes(shape, values), "workspace": workspace_bytes(shape, values),
-            "runtime": _runtime_bytes(values)}
+    """What does not depend on how the step is taken. `average` is on a CPU, whose memory is the host's;
+    `exchange` is what DistributedDataParallel holds."""
+    average = average_bytes(shape, values) if values["device.kind"] == "cpu" else 0.0
+    found = {"weights": weight_bytes(shape, values), "adapter": adapter_bytes(shape, values),
+             "optimizer": optimizer_bytes(shape, values), "workspace": workspace_bytes(shape, values),
+             "runtime": _runtime_bytes(values)}
+    return found | {name: size for name, size in (("average", average), (
+        "exchange", exchange_bytes(shape, values))) if size}
 
 
 def step_moments(shape: ModelShape, values: Mapping[str, Any]) -> list[dict[str, float]]:
@@ -70,21 +74,53 @@ def step_moments(shape: ModelShape, values: Mapping[str, Any]) -> list[dict[str,
     Gradients of earlier micro-batches are held all the time. Else those of a trained head exist from the loss
     on, and a layer's from its backward pass on; at the end an embedding's is made whole before it is added.
     """
-    found, everything = [], gradient_bytes(shape, values)
+    found, everything = [], _outside_buckets(shape, values)
     for name, (kept, worked) in activations.moments(shape, values).items():
         logits = logits_bytes(shape, values) if name == "loss" else _target_states(shape, values)
         found.append({"activations": kept, "working": worked, "logits": logits,
                       "gradients": _gradients_at(name, shape, values)})
     table = 0.0 if values["lora.enabled"] else float(4 * shape.vocab * shape.hidden)
-    return [*found, {"gradients": everything + table}]
+    fullest = max(found, key=lambda moment: moment["activations"])
+    return [*found, {**fullest, "working": _norm_bytes(shape, values), "logits": 0.0},
+            {"gradients": everything + table},
+            {"gradients": everything, "working": _update_bytes(shape, values)}]
+
+
+def _norm_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """DoRA's norms of the largest adapted matrix (a, b) in a forward pass, in fp32: the unit matrix that the
+    adapter's product is made from, the product, scaled, and added to the weight; and a copy of a 16-bit
+    weight (PEFT 0.21, tuners/lora/dora.py)."""
+    if not (values["lora.enabled"] and values.get("lora.dora")):
+        return 0.0
+    each = 12.0 if element_bytes(values) == 4 else 16.0
+    return max(4.0 * x.inputs ** 2 + each * x.inputs * x.outputs for x in adapted(shape, values))
+
+
+def _outside_buckets(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """Gradients that are tensors of their own. DistributedDataParallel makes them views of its buckets when
+    they are exchanged, so only those of earlier micro-batches are held twice."""
+    in_buckets = distributed(values) and int(values["training.accumulation"]) == 1
+    return 0.0 if in_buckets else gradient_bytes(shape, values)
+
+
+def _update_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """Muon's update of the largest matrix (a, b), s its shorter side: Nesterov's direction in fp32, two
+    iterates and two Gram matrices (training/trainer/muon.py), in fp32 on a CPU and bf16 on a GPU."""
+    if not _orthogonal(shape, values):
+        return 0.0
+    size = 4.0 if values["device.kind"] == "cpu" else 2.0
+    sides = [(x.inputs, x.outputs) for x in shape.linears]
+    return max(4.0 * a * b + 2 * size * (a * b + min(a, b) ** 2) for a, b in sides)
 
 
 def _gradients_at(moment: str, shape: ModelShape, values: Mapping[str, Any]) -> float:
     """Gradients of weights that exist at a moment."""
-    everything = gradient_bytes(shape, values)
+    everything = _outside_buckets(shape, values)
     if values["lora.enabled"]:
         return everything if several(values) else 0.0
     matrix, head = 4.0 * shape.hidden * shape.intermediate, 4.0 * shape.hidden * shape.vocab
+    if distributed(values) and not everything:
+        return {"loss": 0.0, "norm": head, "mlp": matrix, "first": matrix}[moment]
     if several(values):
         return everything + {"loss": 0.0, "norm": head, "mlp": matrix, "first": matrix}[moment]
     outside = sum(shape.parameters.get(name, 0) for name in ("embeddings", "positions", "head"))
@@ -97,12 +133,17 @@ def several(values: Mapping[str, Any]) -> bool:
     return int(values["training.accumulation"]) > 1 or int(values["deepspeed.stage"]) > 0
 
 
+def distributed(values: Mapping[str, Any]) -> bool:
+    """Whether DistributedDataParallel exchanges gradients: several devices without ZeRO."""
+    return int(values["device.count"]) > 1 and not int(values["deepspeed.stage"])
+
+
 def _fragmentation(shape: ModelShape, values: Mapping[str, Any]) -> float:
     """Share of the step's own bytes that the allocator holds on top. On a CPU it is of the window whose
     hidden states are as large as glibc's heap takes; what a longer one holds beyond is given back."""
     if values["device.kind"] == "cuda":
         return GPU_FRAGMENTATION
-    tokens = int(values["dataset.context_tokens"]) * int(values["training.micro_batch"])
+    tokens = activations.worked_tokens(values)
     below = min(1.0, GLIBC_HEAP_BYTES / (tokens * shape.hidden * element_bytes(values)))
     batches = "one" if int(values["training.accumulation"]) == 1 else "several"
     share = CPU_FRAGMENTATION[batches + (", recomputed" if values["training.checkpointing"] else "")]
@@ -115,10 +156,13 @@ def element_bytes(values: Mapping[str, Any]) -> int:
 
 
 def trainable_parameters(shape: ModelShape, values: Mapping[str, Any]) -> int:
-    """The adapter's weights with LoRA, else all of them."""
-    if values["lora.enabled"]:
-        return lora_parameters(shape, tuple(x.name for x in adapted(shape, values)), int(values["lora.rank"]))
-    return shape.total_parameters
+    """The adapter's weights with LoRA, else all of them. DoRA adds a magnitude for each output of an adapted
+    layer (arXiv:2402.09353, section 4)."""
+    if not values["lora.enabled"]:
+        return shape.total_parameters
+    layers = adapted(shape, values)
+    found = lora_parameters(shape, tuple(x.name for x in layers), int(values["lora.rank"]))
+    return found + (sum(x.outputs * x.count for x in layers) if values.get("lora.dora") else 0)
 
 
 def weight_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
@@ -168,8 +212,9 @@ def gradient_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
 
 def optimizer_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
     """Adam's two moments: 8 bytes a weight; in 8 bit 2 bytes and two fp32 constants for 256 weights
-    (arXiv:2110.02861). ZeRO adds an fp32 copy of the weights and shares all out; offloaded they lie on the
-    host.
+    (arXiv:2110.02861). Muon has one moment of matrices in decoder layers, 4 bytes (arXiv:2502.16982,
+    algorithm 1), and Adam's two of the rest. Lookahead adds slow weights, 4 bytes (arXiv:1907.08610,
+    algorithm 1). ZeRO adds an fp32 copy of the weights and shares all out; offloaded they lie on the host.
     """
     if values["deepspeed.offload_optimizer"]:
         return 0.0
@@ -177,8 +222,46 @@ def optimizer_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
 
 
 def _optimizer_state(shape: ModelShape, values: Mapping[str, Any]) -> float:
-    master = 4 if values["deepspeed.stage"] else 0
-    return (ADAM_BYTES[str(values["optimizer.name"])] + master) * trainable_parameters(shape, values)
+    each = ADAM_BYTES[str(values["optimizer.name"])] + (4 if values["deepspeed.stage"] else 0)
+    each += 4 if values.get("optimizer.lookahead_steps") else 0
+    return each * trainable_parameters(shape, values) - 4.0 * _orthogonal(shape, values)
+
+
+def _orthogonal(shape: ModelShape, values: Mapping[str, Any]) -> int:
+    """Weights that Muon orthogonalizes: matrices of decoder layers, but no adapter's and no fused experts."""
+    if values["optimizer.name"] != "muon" or values["lora.enabled"]:
+        return 0
+    return sum(x.inputs * x.outputs * x.count for x in shape.linears)
+
+
+def average_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """The average of the weights, in host memory: 4 bytes a trained weight (arXiv:1803.05407, section 3;
+    training/trainer/averaging.py)."""
+    on = values.get("training.averaging", "none") != "none"
+    return 4.0 * trainable_parameters(shape, values) if on else 0.0
+
+
+def exchange_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
+    """DistributedDataParallel's buckets: every gradient once, 4 bytes a trained weight (arXiv:2006.15704,
+    section 4.2). PowerSGD: the errors, as much again, and of each matrix (n, m) its factors, 4 r (n + m)
+    (arXiv:1905.13727, algorithm 1), where they halve what travels; one bucket's copy is not counted."""
+    if not distributed(values):
+        return 0.0
+    whole = 4.0 * trainable_parameters(shape, values)
+    if values.get("parallel.compression", "none") == "none":
+        return whole
+    rank = int(values["parallel.compression_rank"])
+    return 2 * whole + sum(4.0 * rank * (n + m) * count for n, m, count in _matrices(shape, values)
+                           if 2 * rank * (n + m) < n * m)
+
+
+def _matrices(shape: ModelShape, values: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """(rows, columns, how many) of the matrices that are trained, fused experts left out."""
+    if not values["lora.enabled"]:
+        tables = [(shape.vocab, shape.hidden, 1 if shape.tied else 2)]
+        return tables + [(x.outputs, x.inputs, x.count) for x in shape.linears]
+    rank = int(values["lora.rank"])
+    return [(side, rank, x.count) for x in adapted(shape, values) for side in (x.inputs, x.outputs)]
 
 
 def logits_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
@@ -186,7 +269,7 @@ def logits_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
     for a trained head two fp32 gradients of it. Hidden states of all targets and their gradient: 2 H e. The
     windows are those with the most targets.
     """
-    targets = most_targets(values) * int(values["training.micro_batch"])
+    targets = _worked_targets(values)
     chunk = min(int(values["training.loss_chunk_tokens"]) or targets, targets)
     head = 0 if values["lora.enabled"] else 8 * shape.vocab * shape.hidden
     return chunk * shape.vocab * 12 + head + 2 * _target_states(shape, values)
@@ -194,8 +277,14 @@ def logits_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
 
 def _target_states(shape: ModelShape, values: Mapping[str, Any]) -> float:
     """Hidden states of all targets, or their gradient: H e each."""
+    return float(_worked_targets(values) * shape.hidden * element_bytes(values))
+
+
+def _worked_targets(values: Mapping[str, Any]) -> int:
+    """Most targets that a device works on at once. Of a ring, the rank with the window's end has as many of
+    them as its tokens are."""
     targets = most_targets(values) * int(values["training.micro_batch"])
-    return float(targets * shape.hidden * element_bytes(values))
+    return min(targets, activations.worked_tokens(values))
 
 
 def workspace_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
@@ -221,7 +310,7 @@ def host_bytes(shape: ModelShape, values: Mapping[str, Any], device_bytes: int) 
     """Host memory of the run: on a CPU the step itself; on GPUs each process and what is offloaded."""
     if values["device.kind"] == "cpu":
         return device_bytes * int(values["device.count"]) + COMMAND_HOST_BYTES
-    offloaded = 0.0
+    offloaded = average_bytes(shape, values)
     if values["deepspeed.offload_optimizer"]:
         offloaded += (8 + 4 + 4) * trainable_parameters(shape, values)
     if values["deepspeed.offload_parameters"]:
@@ -230,11 +319,13 @@ def host_bytes(shape: ModelShape, values: Mapping[str, Any], device_bytes: int) 
 
 
 def disk_bytes(shape: ModelShape, values: Mapping[str, Any], dataset_tokens: int) -> int:
-    """Checkpoints (fp32 weights and two moments of what is trained; one more than kept while a new one is
-    written), the result, and the dataset: 4 bytes a token, half as much again for the index and repeated
-    spans."""
+    """Checkpoints (fp32 weights and two moments of what is trained, with Lookahead and averaging a copy
+    each; one more than kept while a new one is written, and the best one), the result, and the dataset: 4
+    bytes a token, half as much again for the index and repeated spans."""
     trained = trainable_parameters(shape, values)
-    checkpoints = (int(values["training.keep_checkpoints"]) + 1) * 12 * trained
+    copies = 3 + bool(values.get("optimizer.lookahead_steps")) + bool(average_bytes(shape, values))
+    count = int(values["training.keep_checkpoints"]) + 1 + bool(values.get("training.keep_best"))
+    checkpoints = count * 4 * copies * trained
     return int(checkpoints + 4 * trained + 6 * dataset_tokens)
 
 

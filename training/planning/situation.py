@@ -12,6 +12,7 @@ from typing import Any
 from training import models, weights
 from training.errors import EliteError, UsageError
 from training.planning import mix, streaming
+from training.planning.evidence import Evidence, applicable
 from training.planning.memory import CUDA_RUNTIME_BYTES
 from training.planning.tiers import Tier, tier_of
 from training.planning.timing import TOKENS_PER_BYTE
@@ -31,7 +32,8 @@ _FLAGS = {"training.epochs": "epochs", "run.seed": "seed", "run.name": "model_na
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """The inputs of one plan. `user`: every configuration key the user set, flags before settings."""
+    """The inputs of one plan. `user`: every configuration key the user set, flags before settings;
+    `measured`: what the ledger says of this machine."""
 
     request: Request
     profile: HardwareProfile
@@ -39,6 +41,14 @@ class Situation:
     facts: RepositoryFacts
     tiers: tuple[Tier, ...]
     user: Mapping[str, Any]
+    measured: tuple[Evidence, ...] = ()
+
+    @functools.cached_property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What the ledger says of this kind of model on this device, largest gain first."""
+        lora = bool(self.user.get("lora.enabled", not self.embedded))
+        kind = "embedded" if self.embedded else "adapter" if lora else "full"
+        return applicable(self.measured, kind, self.device, self.user)
 
     @property
     def embedded(self) -> bool:
@@ -114,7 +124,7 @@ class Situation:
 
 
 def build(request: Request, profile: HardwareProfile, base: BaseModel, facts: RepositoryFacts,
-          tiers: tuple[Tier, ...]) -> tuple[Situation, list[EliteError]]:
+          tiers: tuple[Tier, ...], measured: tuple[Evidence, ...] = ()) -> tuple[Situation, list[EliteError]]:
     """The situation and everything that is wrong with the request."""
     found = problems_in(request.settings)
     wrong = {name for name in request.settings if problems_in({name: request.settings[name]})}
@@ -126,7 +136,8 @@ def build(request: Request, profile: HardwareProfile, base: BaseModel, facts: Re
             user[key] = value
     if base.location == models.EMBEDDED:
         base = models.embedded(user)
-    situation = Situation(request=request, profile=profile, base=base, facts=facts, tiers=tiers, user=user)
+    situation = Situation(request=request, profile=profile, base=base, facts=facts, tiers=tiers, user=user,
+                          measured=measured)
     found += _tier_problems(request, tiers) + _context_problems(situation) + _device_problems(situation)
     found += [UsageError(text) for text in streaming.problems(user, base.shape.layers, situation.device)]
     found += [UsageError(text) for text in mix.problems(user, base.name, bool(base.fim))]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from training.curve import curve_tokens
-from training.longcontext.costs import Rates, step_s
-from training.planning import mix, streaming
+from training.longcontext.costs import Costs, Rates, step_s
+from training.planning import activations, griewank, mix, streaming
 from training.planning.memory import trainable_parameters
 from training.records import HardwareProfile, ModelShape
 from training.shapes import family_of
@@ -55,9 +55,11 @@ def window_flops(shape: ModelShape, values: Mapping[str, Any], targets: float = 
 
     Full training: 6 N a token (2 forward, 4 backward; Kaplan et al., arXiv:2001.08361, section 2.1), N the
     weights that multiply. LoRA: 4 N + 6 N' (no gradient of frozen weights; N' the adapter). Recompute adds
-    2 (N + N'), in full training less each layer's last matrix, whose result nobody needs. The head is
-    computed for targets only. Causal attention: 2 S A a token and layer forward, 2.5 times that backward,
-    once more for recompute (FlashAttention-2, arXiv:2307.08691, section 4.1).
+    2 (N + N') for each layer that is recomputed, in full training less the layer's last matrix, whose result
+    nobody needs; with training.kept_inputs also whole forward computations between the inputs that are held
+    (`griewank.forwards`). The head is computed for targets only. Causal attention: 2 S A a token and layer
+    forward, 2.5 times that backward, once more for recompute (FlashAttention-2, arXiv:2307.08691, section
+    4.1). parallel.ring shares a window out evenly.
 
     >>> from training.shapes import shape_from_config
     >>> small = shape_from_config({"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4,
@@ -71,7 +73,7 @@ def window_flops(shape: ModelShape, values: Mapping[str, Any], targets: float = 
     context, targets = int(values["dataset.context_tokens"]), targets or mix.mean_targets(values)
     head = shape.vocab * shape.hidden
     body = shape.active_parameters - head - (0 if shape.tied else head) - shape.parameters.get("positions", 0)
-    recomputed = bool(values["training.checkpointing"])
+    again_share, between_share = recomputed(shape, values)
     if values["lora.enabled"]:
         adapter = trainable_parameters(shape, values)
         linear, again = context * (4 * body + 6 * adapter) + targets * 4 * head, body + adapter
@@ -79,10 +81,29 @@ def window_flops(shape: ModelShape, values: Mapping[str, Any], targets: float = 
         last = sum(x.inputs * x.outputs * x.count for x in shape.linears
                    if x.name == family_of(shape).mlp[-1])
         linear, again = context * 6 * body + targets * 6 * head, body - last
-    linear += 2 * context * again if recomputed else 0
-    passes = 4.5 if recomputed else 3.5
+        adapter = 0
+    linear += 2 * context * (again * again_share + (body + adapter) * between_share)
+    passes = 3.5 + again_share + between_share
     attention = passes * 2 * context * context * shape.heads * shape.head_dim * shape.layers
-    return Flops(linear=float(linear), attention=float(attention))
+    ring = int(values.get("parallel.ring", 1))
+    return Flops(linear=linear / ring, attention=attention / ring)
+
+
+def recomputed(shape: ModelShape, values: Mapping[str, Any]) -> tuple[float, float]:
+    """Forward computations beside the first, for each layer: those whose gradients follow, and those between
+    the inputs that training.kept_inputs holds.
+
+    >>> from training.shapes import shape_from_config
+    >>> llama = shape_from_config({"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 32,
+    ...     "num_attention_heads": 4, "intermediate_size": 704, "vocab_size": 4096})
+    >>> recomputed(llama, {"training.checkpointing": True, "training.kept_inputs": 8})   # 32 + 24 of 32
+    (1.0, 0.75)
+    """
+    whole, _, alive = activations.held(shape, values)
+    if not alive:
+        return 0.0, 0.0
+    slots = int(values.get("training.kept_inputs", 0)) or shape.layers
+    return 1 - whole / shape.layers, griewank.forwards(shape.layers, slots) / shape.layers - 1
 
 
 def rates(values: Mapping[str, Any], profile: HardwareProfile) -> tuple[float, float, str]:
@@ -129,9 +150,21 @@ def window_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProf
         return math.inf
     if streaming.streamed(values):
         found = streaming.costs_of(shape, values, batch=1, targets=round(mix.mean_targets(values)))
-        return step_s(found, stream_rates(values, profile, found.overlapped))
+        return _streamed_s(found, stream_rates(values, profile, found.overlapped),
+                           overlap=bool(values.get("stream.overlap", True)))
     flops = window_flops(shape, values)
     return flops.linear / linear + flops.attention / attention
+
+
+def _streamed_s(found: Costs, rates: Rates, overlap: bool) -> float:
+    """Seconds of a streamed step. Without stream.overlap computation, copies and the disk follow each other:
+    their seconds are added."""
+    if overlap:
+        return step_s(found, rates)
+    disk = {name: size for name, size in found.moved.items() if name in ("written", "read")}
+    others = {name: size for name, size in found.moved.items() if name not in disk}
+    return (step_s(replace(found, overlapped=False, moved=others), rates)
+            + step_s(replace(found, attention_flops={}, linear_flops={}, moved=disk), rates))
 
 
 def stream_rates(values: Mapping[str, Any], profile: HardwareProfile, overlapped: bool = True) -> Rates:
@@ -158,6 +191,11 @@ def windows_in(code_bytes: int, values: Mapping[str, Any]) -> int:
     return mix.windows(code_bytes * TOKENS_PER_BYTE * (1 - float(values["dataset.held_out_share"])), values)
 
 
+def readers(values: Mapping[str, Any]) -> int:
+    """Devices, or rings of them, that read windows of their own."""
+    return int(values["device.count"]) // int(values.get("parallel.ring", 1))
+
+
 def schedule(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile,
              code_bytes: int) -> Schedule:
     """Steps and seconds of the run, with start-up and both evaluations; `training.budget_s` cuts the
@@ -166,7 +204,7 @@ def schedule(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProf
     windows = windows_in(code_bytes, values)
     per_window_s = window_s(shape, values, profile)
     step_s = min(per_step, windows) * per_window_s
-    in_epoch = math.ceil(windows / (per_step * int(values["device.count"])))
+    in_epoch = math.ceil(windows / (per_step * readers(values)))
     steps = int(values["training.epochs"]) * in_epoch
     steps = min(steps, int(values["training.max_steps"]) or steps)
     extra, all_steps = extra_s(shape, values, profile), steps
@@ -184,7 +222,7 @@ def extra_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfi
     linear, _, _ = rates(values, profile)
     if not linear:
         return STARTUP_S[str(values["device.kind"])]
-    each_s = window_s(shape, values, profile) / 3
+    each_s = window_s(shape, {**values, "parallel.ring": 1}, profile) / 3   # one device reads a window alone
     reading = int(values["evaluation.windows"]) * each_s
     written = int(values["evaluation.completions"]) * int(values["evaluation.completion_tokens"])
     writing = written * 2 * shape.active_parameters / (linear / 10)

@@ -117,7 +117,7 @@ def tokens_of(plan: Plan, place: Situation) -> float:
     """Target tokens of the whole run."""
     values = plan_values(plan)
     per_step = int(values["training.micro_batch"]) * int(values["training.accumulation"])
-    windows = min(per_step * int(values["device.count"]), timing.windows_in(place.facts.code_bytes, values))
+    windows = min(per_step * timing.readers(values), timing.windows_in(place.facts.code_bytes, values))
     return plan.steps * windows * mix.mean_targets(values)
 
 
@@ -238,7 +238,7 @@ def _timed(plan: Plan, trial: Trial, place: Situation, found: Fit) -> Plan:
     """Steps and seconds of the run at the measured speed; epochs, budget and saves that depend on it."""
     values, user = plan_values(plan), place.user
     windows = timing.windows_in(place.facts.code_bytes, values)
-    at_once = int(values["training.micro_batch"]) * int(values["device.count"])
+    at_once = int(values["training.micro_batch"]) * timing.readers(values)
     in_epoch = math.ceil(windows / (at_once * int(values["training.accumulation"])))
     step_s = math.ceil(windows / at_once) / in_epoch * found.micro_s + found.update_s
     changed: dict[str, Choice] = {}

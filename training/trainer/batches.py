@@ -37,12 +37,16 @@ class Store(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How windows are dealt: `windows` an epoch, `micro` at once on each of `ranks`, `accumulation` times."""
+    """How windows are dealt: `windows` an epoch, `micro` at once on each of `ranks`, `accumulation` times.
+
+    `ring`: neighbouring processes that share their windows and count as one of `ranks`.
+    """
 
     windows: int
     micro: int
     accumulation: int
     ranks: int
+    ring: int = 1
 
     @property
     def per_update(self) -> int:
@@ -57,12 +61,17 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """Stages of growing context in the first `share` of the first epoch, each twice the one before."""
+    """Stages of growing context in the first `share` of the first epoch, each twice the one before.
+
+    `ahead`: updates that the course is before the data, since stages ended early (`pacing.levelled`); below 0
+    after windows were passed over (`guard`).
+    """
 
     stages: int = 1
     share: float = 0.0
     context_tokens: int = 0
     target_tokens: int = 0
+    ahead: int = 0
 
     def context_limit(self, epoch: int, position: int, windows: int) -> int | None:
         """Tokens of context that a window keeps at this place of an epoch; None: all.
@@ -71,11 +80,27 @@ class Curriculum:
         >>> [course.context_limit(0, place, 100) for place in (0, 24, 25, 49, 50)]
         [512, 512, 1536, 1536, None]
         """
+        stage = self.stage(epoch, position, windows)
+        if stage == self.stages - 1:
+            return None
+        return max(0, (self.context_tokens >> (self.stages - 1 - stage)) - self.target_tokens)
+
+    def stage(self, epoch: int, position: int, windows: int) -> int:
+        """The stage of a place: 0 for the shortest context, `stages` - 1 for all of it."""
         done = position / windows
         if epoch or self.stages < 2 or done >= self.share:
-            return None
-        stage = int(done / self.share * (self.stages - 1))
-        return max(0, (self.context_tokens >> (self.stages - 1 - stage)) - self.target_tokens)
+            return self.stages - 1
+        return int(done / self.share * (self.stages - 1))
+
+    def stage_of(self, step: int, layout: Layout) -> int:
+        """The stage of update `step`, counted as the data is."""
+        epoch, part = place(step + self.ahead, layout)
+        return self.stage(epoch, part.start, layout.windows)
+
+    def limit_of(self, step: int, layout: Layout) -> int | None:
+        """`context_limit` of update `step`, counted as the data is."""
+        epoch, part = place(step + self.ahead, layout)
+        return self.context_limit(epoch, part.start, layout.windows)
 
 
 @dataclass(frozen=True)
@@ -123,18 +148,19 @@ def read_update(store: Store, step: int, layout: Layout, rank: int, seed: int,
     """A rank's micro-batches of update `step` on the CPU, and their target tokens.
 
     A rank's windows are put together by length, which needs less padding and leaves the update's mean as it
-    is.
+    is. The target tokens of a ring's windows are told by its first process alone.
     """
+    rank, member = divmod(rank, layout.ring)
     epoch, part = place(step, layout)
     dealt = deal(store.order(seed, epoch)[part], layout, rank)
-    limit = curriculum.context_limit(epoch, part.start, layout.windows)
+    limit = curriculum.limit_of(step, layout)
     windows = [store.window("train", index, seed, epoch, limit) for batch in dealt for index in batch]
     windows.sort(key=lambda pair: len(pair[0]))
     batches, start = [], 0
     for indices in dealt:
         batches.append(collate(windows[start:start + len(indices)] or [_blank(store)], store.pad_id))
         start += len(indices)
-    return batches, sum(targets_of(labels) for _, labels in windows)
+    return batches, 0 if member else sum(targets_of(labels) for _, labels in windows)
 
 
 def _blank(store: Store) -> tuple[np.ndarray, np.ndarray]:

@@ -38,10 +38,13 @@ def card(config: Config, kind: str, loading: str, facts: Mapping[str, Any],
     licence = licence_of(base)
     made_from = ("from scratch, with a tokenizer trained on the repository" if base == "embedded"
                  else f"from {base}")
+    if config["model.kv_heads"]:
+        made_from += f", its key and value heads pooled to {config['model.kv_heads']}"
     if config["model.quantization"] == "nf4":
         made_from += " stored in NF4"
     what = "LoRA adapter" if kind == "adapter" else "model"
-    lines = [*_front(base, kind, licence), f"# {config['run.name'] or 'code model'}", "",
+    apart = bool(config["model.kv_heads"]) and kind == "adapter"
+    lines = [*_front("" if apart else base, kind, licence), f"# {config['run.name'] or 'code model'}", "",
              f"A {what} for code, trained with ELITE {made_from}.", "",
              "```python", loading, "```", "",
              "| | |", "|---|---|",
@@ -55,16 +58,21 @@ def card(config: Config, kind: str, loading: str, facts: Mapping[str, Any],
         lines += [f"The base knows {native:,} tokens; the rest is reached with YaRN. "
                   "Without these `rope_parameters` positions mean something else to the model:", "",
                   f"    {dict(rope)!r}", ""]
+    if apart:
+        lines += [f"The adapter fits the base with {config['model.kv_heads']} key and value heads only, not "
+                  f"{base} itself. That base is the folder `base` beside this one, and `adapter_config.json` "
+                  "names it: keep the two together, and write the new place there when they move. Heads were "
+                  "pooled by their mean (Ainslie et al. 2023, arXiv:2305.13245).", ""]
     lines += ["It was trained on one repository and repeats that code's style, and may repeat its text; the "
               "licence of that code applies to what it repeats.", ""]
     return "\n".join(lines)
 
 
 def _front(base: str, kind: str, licence: str) -> list[str]:
-    """The metadata block that model hubs read; a local folder is no name there."""
+    """The metadata block that model hubs read; a local folder is no name there, nor is a pooled base."""
     lines = ["---", f"library_name: {'peft' if kind == 'adapter' else 'transformers'}",
              "pipeline_tag: text-generation", "tags: [code]"]
-    if base != "embedded" and not Path(base).exists():
+    if base and base != "embedded" and not Path(base).exists():
         lines.append(f"base_model: {base}")
         lines += [f"license: {licence}"] if licence else []
     return [*lines, "---", ""]

@@ -2,10 +2,11 @@
 
     <run>/.staging-<step>-<pid>/   written here, every file fsynced, MANIFEST.json last
     <run>/checkpoint-<step>/       the same folder, renamed once it is whole
-        weights.safetensors        trainable weights, fp32, by parameter name optimizer.safetensors
-        optimizer state, `<key>/<parameter>` state.json                 step, tokens, seconds, steps decided,
-        counters, the optimizer's plain numbers MANIFEST.json              {files: {name: {bytes, sha256}},
-        step, identity}
+        weights.safetensors        trainable weights, fp32, by parameter name
+        optimizer.safetensors      optimizer state, `<key>/<parameter>`
+        state.json                 step, tokens, seconds, steps decided, counters, the last losses, the
+                                   optimizer's plain numbers
+        MANIFEST.json              {files: {name: {bytes, sha256}}, step, identity}
 
 Nothing is pickled, so loading one runs no code. There are no generator states in it: the loop seeds Python,
 NumPy and torch at each update from (run.seed, step, rank).
@@ -19,14 +20,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from training.errors import CannotWrite, DataError, EliteError, UsageError, raise_all
-from training.trainer.engine import Captured
+from training.keys import KEYS
+from training.trainer.engine import Captured, Engine
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -38,18 +40,20 @@ READ_BYTES = 1 << 20
 # product stays: an update is the mean over all target tokens of its windows, however they are dealt out.
 HARMLESS = ("run.name", "model.attention", "dataset.repo", "training.checkpointing", "training.trial",
             "training.keep_checkpoints", "training.save_steps", "training.eval_steps",
-            "training.loss_chunk_tokens", "deepspeed.", "device.", "evaluation.",
+            "training.loss_chunk_tokens", "training.keep_best", "training.compile", "training.kept_layers",
+            "training.kept_inputs", "model.fused_kernels", "stream.overlap", "deepspeed.", "device.",
+            "evaluation.",
             *(f"stream.{name}" for name in (  # all but the encoding, which may be lossy
                 "chunk_tokens", "page_tokens", "mlp_tokens", "inputs", "keep_every", "pages", "attention",
                 "keys", "weights")))
-BATCH = ("training.micro_batch", "training.accumulation", "device.count")
+BATCH = ("training.micro_batch", "training.accumulation", "device.count", "parallel.ring")
 
 
 def identity(config: Mapping[str, Any], data_digest: str) -> dict[str, Any]:
     """What must not change between a checkpoint and its continuation: the deciding keys, and the data."""
     values = {name: config[name] for name in config if not name.startswith(HARMLESS) and name not in BATCH}
-    values["windows per update"] = config["training.micro_batch"] * config["training.accumulation"] * \
-        config["device.count"]
+    ranks = config["device.count"] // config["parallel.ring"]  # that hold windows of their own
+    values["windows per update"] = config["training.micro_batch"] * config["training.accumulation"] * ranks
     return {"config": values, "data": data_digest}
 
 
@@ -59,10 +63,16 @@ def digest_of(data: Any) -> str:
 
 
 def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raise UsageError for each configuration key that changed since, DataError when the windows did."""
+    """Raise UsageError for each configuration key that changed since, DataError when the windows did.
+
+    A key that the checkpoint is older than counts as its default, which is what was done then.
+    """
     problems: list[EliteError] = []
-    before, after = then["config"], now["config"]
+    defaults = {key.name: key.default for key in KEYS}
+    before, after = defaults | then["config"], defaults | now["config"]
     for name in sorted(before.keys() | after.keys()):
+        if name.startswith(HARMLESS) or name in BATCH:
+            continue
         if before.get(name) != after.get(name):
             problems.append(UsageError(f"{name} was {before.get(name)!r} in {where} and is "
                                        f"{after.get(name)!r} now; set it back, or start a new run with "
@@ -129,13 +139,52 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def retain(run: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, each renamed first: no part of one keeps its name."""
-    for _, path in _by_step(run)[keep:]:
-        trash = run / f"{TRASH}{path.name}-{os.getpid()}"
-        with contextlib.suppress(OSError):
-            os.rename(path, trash)
-            shutil.rmtree(trash, ignore_errors=True)
+def retain(run: Path, keep: int, also: Collection[int | None] = ()) -> None:
+    """Delete all checkpoints but the `keep` newest and those of the steps in `also`."""
+    for step, path in _by_step(run)[keep:]:
+        if step not in also:
+            _delete(path)
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, which are about to be made anew."""
+    for later, path in _by_step(run):
+        if later > step:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Renamed first: no part of a checkpoint keeps its name."""
+    trash = path.with_name(f"{TRASH}{path.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        os.rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def best(evaluations: Iterable[Mapping[str, Any]], digest: str) -> int | None:
+    """The step of the lowest held-out loss after training began, the later one of two that are equal.
+
+    Of lines of evaluations.jsonl made under the identity with this digest; None when there is none.
+
+    >>> best([{"step": 4, "loss": 1.5, "identity": "d"}, {"step": 8, "loss": 1.25, "identity": "d"}], "d")
+    8
+    """
+    found = [(line["loss"], -line["step"]) for line in evaluations
+             if line.get("identity") == digest and line["step"] and line.get("loss") is not None]
+    return -min(found)[1] if found else None
+
+
+def before_spikes(run: Path, anchor: int) -> str:
+    """The name of the checkpoint to go back to from loss spikes: that of step `anchor`, else the newest.
+
+    It must be whole, and not have been saved between one spike and the next. Empty: there is none.
+    """
+    for step, path in sorted(_by_step(run), key=lambda found: (found[0] != anchor, -found[0])):
+        if not fault(path, step):
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if not state.get("spikes_in_a_row"):
+                return path.name
+    return ""
 
 
 def remove_leftovers(run: Path) -> list[str]:
@@ -209,3 +258,16 @@ def put_weights(weights: Mapping[str, Tensor], trainable: Mapping[str, Tensor]) 
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])
+
+
+def put_back(captured: Captured, trainable: Mapping[str, Tensor], engine: Engine) -> None:
+    """A checkpoint's weights and optimizer state into a training under way. Together."""
+    if any(hasattr(parameter, "ds_id") for parameter in trainable.values()):
+        import deepspeed  # ZeRO-3: `restore` sets the partitions that are stepped, not those computed with
+
+        with deepspeed.zero.GatheredParameters(list(trainable.values()), modifier_rank=0):
+            if engine.rank == 0:
+                put_weights(captured.weights, trainable)
+    else:
+        put_weights(captured.weights, trainable)
+    engine.restore(captured)

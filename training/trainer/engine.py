@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from training.trainer import optimizers
+from training.trainer import gradients, optimizers
 from training.trainer.device import Defragmenter
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
 # row.
 FLOAT16_PATIENCE = 20
 PATIENCE = 3
+UPDATES = "engine/updates"
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,9 @@ class Engine(Protocol):
 
     def step(self, rate: float) -> float | None:
         """Clip, update and clear; the norm before clipping, or None when it was not finite. Together."""
+
+    def discard(self) -> None:
+        """In place of `step`: drop the gradients of this update; nothing else of it remains. Together."""
 
     def on_model(self, work: Callable[[Module], Returned]) -> Returned | None:
         """Run `work(model)` in evaluation mode: on rank 0, or on all if `evaluates_together`. Together."""
@@ -101,6 +105,11 @@ class PlainEngine:
         self.model = model
         self._trainable = trainable
         self._clip_norm = config["training.clip_norm"]
+        self._clip_units = config["training.adaptive_clip"]
+        self._inputs_first = gradients.inputs_first(model, trainable) if self._clip_units else frozenset()
+        self._noise = config["training.gradient_noise"]
+        self._seed = config["run.seed"]
+        self._updates = 0  # calls of `step` in the whole run: what the noise is drawn from
         self._optimizer = optimizers.build(trainable, config)
         self._defragmenter = Defragmenter(config, device)
         scaled = config["model.dtype"] == "float16"
@@ -119,17 +128,30 @@ class PlainEngine:
         """One update, or none when the norm is not finite."""
         optimizers.set_rate(self._optimizer, rate)
         self._scaler.unscale_(self._optimizer)
-        limit = self._clip_norm or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), limit))
+        norm = self._shape_gradients()
         finite = torch.isfinite(torch.tensor(norm)).item()
         if self._scaler.is_enabled():
             self._scaler.step(self._optimizer)  # skips by itself on inf or NaN, which it saw in `unscale_`
             self._scaler.update()
         elif finite:
             self._optimizer.step()
+        self._updates += 1
         self._optimizer.zero_grad(set_to_none=True)
         self._defragmenter.after_update()
         return norm if finite else None
+
+    def _shape_gradients(self) -> float:
+        """Noise, clipping by unit, then by the norm of all; that norm before its clipping."""
+        if self._noise:
+            gradients.add_noise(self._trainable, self._noise, self._updates, self._seed)
+        if self._clip_units:
+            gradients.clip_units(self._trainable, self._clip_units, self._inputs_first)
+        limit = self._clip_norm or float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), limit))
+
+    def discard(self) -> None:
+        """Drop the gradients; the loss scale is only moved by `step`."""
+        self._optimizer.zero_grad(set_to_none=True)
 
     def on_model(self, work: Callable[[Module], Returned]) -> Returned | None:
         """Run `work(model)` without gradients, in evaluation mode."""
@@ -151,13 +173,16 @@ class PlainEngine:
         tensors, numbers = optimizers.state_of(self._optimizer, self._trainable)
         if self._scaler.is_enabled():
             numbers |= {f"scaler/{key}": value for key, value in self._scaler.state_dict().items()}
+        if self._noise:
+            numbers[UPDATES] = self._updates
         return Captured(weights=weights, optimizer=tensors, numbers=numbers)
 
     def restore(self, captured: Captured) -> None:
-        """Put the optimizer's and the loss scale's state back."""
-        scaler = {name.split("/", 1)[1]: value for name, value in captured.numbers.items()
+        """Put the optimizer's, the loss scale's and the noise's state back."""
+        numbers = dict(captured.numbers)
+        self._updates = numbers.pop(UPDATES, 0)
+        scaler = {name.split("/", 1)[1]: numbers.pop(name) for name in captured.numbers
                   if name.startswith("scaler/")}
-        numbers = {name: value for name, value in captured.numbers.items() if not name.startswith("scaler/")}
         optimizers.restore(self._optimizer, self._trainable, captured.optimizer, numbers)
         if scaler and self._scaler.is_enabled():
             self._scaler.load_state_dict(scaler)

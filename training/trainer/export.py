@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,11 @@ from torch import Tensor
 from training.errors import CannotWrite
 from training.rundir import read_data, write_text
 from training.settings import Config
+from training.trainer import grouped
 from training.trainer.card import card, load_lines
 from training.trainer.loading import DTYPES, LoadedModel
 from training.trainer.loss import causal_lm
+from training.trainer.weightfiles import publish
 
 
 def export(loaded: LoadedModel, config: Config, store_path: str | Path, run_path: str | Path,
@@ -37,7 +38,7 @@ def export(loaded: LoadedModel, config: Config, store_path: str | Path, run_path
         for file in sorted((dataset / "tokenizer").iterdir()):
             shutil.copy(file, aside / file.name)
         (aside / "README.md").write_text(_card(loaded, config, dataset, run / name, result_facts), "utf-8")
-        _publish(aside, run / name)
+        publish(aside, run / name)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CannotWrite(f"Cannot write the result to {run / name}: {error.strerror or error}.") from error
@@ -62,33 +63,12 @@ def _weights(loaded: LoadedModel, config: Config, folder: Path) -> None:
 
 def _card(loaded: LoadedModel, config: Config, dataset: Path, folder: Path, facts: Mapping[str, Any]) -> str:
     settings = causal_lm(loaded.model).config.get_text_config()
+    facts = {**facts, **grouped.facts_of(folder.parent)}
     rope = getattr(settings, "rope_parameters", None) or {}
     yarn = rope if rope.get("rope_type") == "yarn" and config["model.rope_factor"] > 1 else None
-    loading = load_lines(str(folder), loaded.kind, config["model.base"], yarn,
+    loading = load_lines(str(folder), loaded.kind, loaded.base or config["model.base"], yarn,
                          getattr(settings, "max_position_embeddings", 0))
     return card(config, loaded.kind, loading, facts, read_data(dataset / "manifest.json"), yarn)
-
-
-def _publish(aside: Path, folder: Path) -> None:
-    """Sync every file, then rename; an older result gives way at the last moment."""
-    for path in sorted(aside.rglob("*")):
-        if path.is_file():
-            path.chmod(0o644)
-            _sync(path)
-    _sync(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def weights_digest(trainable: Mapping[str, Tensor]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 from training.rundir import RunDirectory
 
 BEATS_PER_S = 4.0
+# What an evaluation was made of; a line that does not say is of the last weights.
+LAST, AVERAGED = "last", "averaged"
 Progress = Callable[..., None]
 
 
@@ -70,10 +72,15 @@ class Journal:
         """One line for one evaluation."""
         _append(self._run.evaluations, line)
 
-    def evaluation_at(self, step: int) -> dict[str, Any] | None:
+    def evaluation_at(self, step: int, weights: str = LAST) -> dict[str, Any] | None:
         """The evaluation made at a step, or None."""
-        found = [line for line in read_lines(self._run.evaluations) if line.get("step") == step]
+        found = [line for line in self.evaluations(weights) if line.get("step") == step]
         return found[-1] if found else None
+
+    def evaluations(self, weights: str = LAST) -> list[dict[str, Any]]:
+        """All evaluations of the steps' own weights (`LAST`) or of their average (`AVERAGED`), oldest first.
+        """
+        return [line for line in read_lines(self._run.evaluations) if line.get("weights", LAST) == weights]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

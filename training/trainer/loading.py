@@ -13,7 +13,7 @@ from torch import nn
 
 from training.errors import DataError, MissingInput, UsageError
 from training.settings import Config
-from training.trainer import embedded, quantization, rope
+from training.trainer import embedded, fused, quantization, rope
 from training.trainer.imports import quick_imports
 from training.trainer.loss import causal_lm, verify_chunked
 
@@ -27,64 +27,76 @@ ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attenti
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to train. `trainable`: parameters by name; `notes`: decisions and reasons."""
+    """A model ready to train. `trainable`: parameters by name; `notes`: decisions and reasons; `base`: where
+    its weights came from, which is `model.base` unless heads were pooled."""
 
     model: nn.Module
     trainable: dict[str, nn.Parameter]
     kind: str
     notes: tuple[str, ...]
+    base: str = ""
 
 
-def load(config: Config, dataset: WindowStore, device: torch.device) -> LoadedModel:
-    """The model of this configuration on `device`, in training mode. `kind` is `adapter` or `model`.
+def load(config: Config, dataset: WindowStore, device: torch.device, base: str = "") -> LoadedModel:
+    """The model of this configuration on `device`, in training mode. `kind` is `adapter` or `model`. `base`:
+    a folder to take in place of `model.base`, see `grouped`.
 
     Weights that are trained without DeepSpeed are float32, computed in `model.dtype` under autocast; frozen
     ones are stored in `model.dtype` or NF4. Raises MissingInput (no such base), DataError (torn checkpoint,
     vocabulary too small), UsageError (context, targets, kernel, quantization that cannot be honoured).
     """
     notes: list[str] = []
-    if config["model.base"] == "embedded":
+    base = base or config["model.base"]
+    if base == "embedded":
         model: Any = embedded.build(config, dataset.vocab_tokens, dataset.pad_id, dataset.eos_id)
         model = model.to(device)
     else:
-        model = _pretrained(config, device, notes)
-    _check_vocabulary(model, dataset.vocab_tokens, config["model.base"])
+        model = pretrained(config, device, base, notes)
+    _check_vocabulary(model, dataset.vocab_tokens, base)
+    if config["model.fused_kernels"]:
+        notes.append(fused.apply(model))
     if config["lora.enabled"]:
-        model = _with_adapter(model, config, device, notes)
+        model = _with_adapter(model, config, device, base, notes)
     if (dtype := autocast_type(config)) is not None:
         _compute_in(model, device, dtype)
     streamed = bool(config["stream.chunk_tokens"])
-    if config["training.checkpointing"] and not streamed:
+    if config["training.kept_layers"] or config["training.kept_inputs"] or config["training.compile"]:
+        from training.trainer import compilation  # brings Transformers
+
+        notes += compilation.arrange(model, config)
+    elif config["training.checkpointing"] and not streamed:
         _recompute_activations(causal_lm(model))
     if not verify_chunked(model) and not streamed:
         notes.append("The loss makes all logits at once: this family's are not its head on its decoder.")
     model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return LoadedModel(model, trainable, "adapter" if config["lora.enabled"] else "model", tuple(notes))
+    return LoadedModel(model, trainable, "adapter" if config["lora.enabled"] else "model", tuple(notes), base)
 
 
-def _pretrained(config: Config, device: torch.device, notes: list[str]) -> Any:
-    """The base model from local files, frozen or not, in its storage type."""
+def pretrained(config: Config, device: torch.device, base: str, notes: list[str]) -> Any:
+    """The model of `base`, a hub id or a folder, from local files in its storage type. Raises as `load`."""
     with quick_imports():
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its reports of missing weights are raised below, in one line
-    base, where = config["model.base"], _where(config)
+    where = _where(config)
     try:
         shape = AutoConfig.from_pretrained(base, **where)
     except (OSError, ValueError) as error:
-        raise _not_loadable(base, error) from error
+        raise not_loadable(base, error) from error
     if note := rope.extend(shape, config["dataset.context_tokens"], config["model.rope_factor"]):
         notes.append(note)
-    if config["stream.chunk_tokens"] and (dropped := _without_attention_dropout(shape)):
+    blockwise = "in the streamed step" if config["stream.chunk_tokens"] else "on a ring of devices"
+    if ((config["stream.chunk_tokens"] or config["parallel.ring"] > 1)
+            and (dropped := _without_attention_dropout(shape, blockwise))):
         notes.append(dropped)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, config=shape, output_loading_info=True, **where, **_storage(config, device))
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable(base, error) from error
+        raise not_loadable(base, error) from error
     model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
     if missing:
         raise DataError(f"The checkpoint {base} lacks {len(missing):,} weights of its own architecture, "
@@ -94,14 +106,14 @@ def _pretrained(config: Config, device: torch.device, notes: list[str]) -> Any:
     return model.to(device) if config["model.quantization"] == "none" else model
 
 
-def _without_attention_dropout(shape: Any) -> str:
+def _without_attention_dropout(shape: Any, where: str) -> str:
     """Switch off dropout on attention weights, which no blockwise kernel draws again; the note says so."""
     text = shape.get_text_config()
     active = {name: getattr(text, name) for name in ATTENTION_DROPOUT if getattr(text, name, None)}
     for name in active:
         setattr(text, name, 0.0)
     listed = ", ".join(f"{name} {value:g}" for name, value in active.items())
-    return f"Dropout on attention weights is off in the streamed step (the base has {listed})." * bool(listed)
+    return f"Dropout on attention weights is off {where} (the base has {listed})." * bool(listed)
 
 
 def _where(config: Config) -> dict[str, Any]:
@@ -120,7 +132,7 @@ def _storage(config: Config, device: torch.device) -> dict[str, Any]:
     return chosen
 
 
-def _not_loadable(base: str, error: Exception) -> Exception:
+def not_loadable(base: str, error: Exception) -> Exception:
     """The library's exception as one line with the way out."""
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, ImportError) or "flash" in reason.lower():
@@ -146,8 +158,12 @@ def _check_vocabulary(model: Any, vocab_tokens: int, base: str) -> None:
                         f"{rows:,} rows; make the dataset again with that model's own tokenizer.")
 
 
-def _with_adapter(model: Any, config: Config, device: torch.device, notes: list[str]) -> Any:
-    """The frozen model with LoRA layers, initialised from `run.seed` alone; their weights are float32."""
+def _with_adapter(model: Any, config: Config, device: torch.device, base: str, notes: list[str]) -> Any:
+    """The frozen model with LoRA layers, initialised from `run.seed` alone; their weights are float32.
+
+    `lora.rank_stabilized` scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732, section 3);
+    `lora.dora` trains each output's magnitude beside them (Liu et al. 2024, arXiv:2402.09353, section 4).
+    """
     with quick_imports():
         from peft import LoraConfig, get_peft_model
 
@@ -163,11 +179,12 @@ def _with_adapter(model: Any, config: Config, device: torch.device, notes: list[
     if config["model.quantization"] == "nf4":
         quantization.keep_trainable_layout(model)
     wanted = LoraConfig(r=config["lora.rank"], lora_alpha=config["lora.alpha"], target_modules=targets,
-                        lora_dropout=config["lora.dropout"], bias="none", task_type="CAUSAL_LM")
+                        lora_dropout=config["lora.dropout"], bias="none", task_type="CAUSAL_LM",
+                        use_rslora=config["lora.rank_stabilized"], use_dora=config["lora.dora"])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config["run.seed"])
         adapted: Any = get_peft_model(model, wanted)
-    adapted.peft_config["default"].base_model_name_or_path = config["model.base"]
+    adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
 
 

@@ -1,4 +1,5 @@
-"""The training loop: updates until the last step, a stop, or three updates in a row that are not finite."""
+"""The training loop: updates until the last step, a stop, three updates in a row that are not finite, or loss
+spikes that two returns to a checkpoint did not end."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from training.errors import CannotWrite, EliteError
 from training.rundir import RunDirectory
 from training.settings import Config
-from training.trainer import checkpoints, pacing, schedules
+from training.trainer import checkpoints, guard, pacing, schedules
+from training.trainer.averaging import Average
 from training.trainer.batches import Batch, Curriculum, Layout, Store, planned_steps, read_update
-from training.trainer.engine import Engine
+from training.trainer.engine import Captured, Engine
 from training.trainer.journal import Heartbeat, Journal
 from training.trainer.loss import LossFunction
+from training.trainer.progress import Progress as Progress
 from training.trainer.resources import device_peak_bytes, resident_bytes
 from training.trainer.stopping import Watch, stop_error
 
@@ -30,22 +33,14 @@ log = logging.getLogger(__name__)
 _SIGNALS = {"": 0, "SIGINT": 1, "SIGTERM": 1 << 20}
 
 
-@dataclass(kw_only=True)
-class Progress:
-    """Where the run is; kept in every checkpoint. `seconds`: of all sessions, until it was written."""
-
-    step: int = 0
-    tokens_trained: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    steps_fitted: int | None = None
-    fitted_from: int = 0
+def _cannot_go_back(captured: Captured) -> None:
+    raise EliteError("This training was made without a way to put a checkpoint's weights back.")
 
 
 @dataclass(kw_only=True)
 class Training:
-    """Everything one run trains with. `evaluate(step)` is called every training.eval_steps, by all ranks."""
+    """Everything one run trains with. Called by all ranks: `evaluate(step)` every training.eval_steps,
+    `put_back` to go on with a checkpoint's weights and optimizer state. Only rank 0 has an `average`."""
 
     run: RunDirectory
     config: Config
@@ -59,13 +54,16 @@ class Training:
     session_start: float
     progress: Progress = field(default_factory=Progress)
     evaluate: Callable[[int], Any] = lambda step: None
+    put_back: Callable[[Captured], None] = _cannot_go_back
+    average: Average | None = None
     _earlier_s: float = 0.0
     _durations: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.config
         self.layout = Layout(windows=self.store.count("train"), micro=config["training.micro_batch"],
-                             accumulation=config["training.accumulation"], ranks=self.engine.ranks)
+                             accumulation=config["training.accumulation"], ring=config["parallel.ring"],
+                             ranks=self.engine.ranks // config["parallel.ring"])
         self.curriculum = Curriculum(stages=config["dataset.curriculum_stages"],
                                      share=config["dataset.curriculum_share"],
                                      context_tokens=config["dataset.context_tokens"],
@@ -90,14 +88,15 @@ class Training:
 
     def train(self) -> None:
         """Go on to the last step. Raises StoppedByUser or Interrupted after a stop's checkpoint."""
-        while self.progress.step < self.steps:
+        while (before := self.progress.step) < self.steps:
             if asked := self._train_one():
                 self.save()
                 raise stop_error(asked, self.progress.step)
-            self._fit_steps()
-            self._after_step()
+            if self.progress.step > before:  # not after a return to a checkpoint, which has had all this
+                self._fit_steps()
+                self._after_step()
         if self.progress.step:
-            self.save()
+            self.save(regular=True)
 
     def _after_step(self) -> None:
         step, config = self.progress.step, self.config
@@ -107,6 +106,7 @@ class Training:
             self._save_or_warn()
         if config["training.eval_steps"] and step % config["training.eval_steps"] == 0:
             self.evaluate(step)
+            self._keep_best()
             self.heartbeat.beat("train", step, self.steps)
 
     def _train_one(self) -> str:
@@ -115,8 +115,8 @@ class Training:
         self.heartbeat.beat("train", step, self.steps)
         seed = self.config["run.seed"]
         seed_all(seed, step, engine.rank)
-        batches, own_targets = read_update(self.store, step, self.layout, engine.rank, seed,
-                                           self.curriculum)
+        batches, own_targets = read_update(self.store, self.progress.place, self.layout, engine.rank, seed,
+                                           self.progress.course(self.curriculum))
         targets = int(engine.total(own_targets))
         if not targets:
             raise EliteError(f"Update {step + 1} has no target token in its {len(batches)} micro-batches.")
@@ -130,18 +130,75 @@ class Training:
             del loss  # its graph keeps what bitsandbytes holds outside of saved tensors
         mean = engine.total(float(summed)) / targets
         rate = self._rate(step)
+        if spike := guard.judge(self.progress.losses, mean, self.config["training.spike_sigma"],
+                                self.config["training.spike_window"]):
+            engine.discard()
+            self._bear(spike, rate, targets, time.monotonic() - start)
+            return ""
         norm = engine.step(rate)  # skips by itself: a loss that is not finite has a gradient that is not
         if norm is not None and not math.isfinite(mean):
             raise EliteError(f"The loss of update {step + 1} is {mean} and its gradient's norm is {norm:g}.")
+        if norm is not None:
+            self._learn_from(mean)
+            if self.average is not None:
+                self.average.update(step + 1, self._steps_at(step))
         self._record(mean, norm, rate, targets, time.monotonic() - start)
         return ""
 
+    def _learn_from(self, mean: float) -> None:
+        """What the loss of an applied update tells the guard and the stages of growing context."""
+        progress, config = self.progress, self.config
+        progress.learn(mean, config["training.spike_window"])
+        if config["dataset.curriculum_pace"] == "dynamic":
+            early = progress.pace(mean, self.curriculum, self.layout)
+            if early and self.engine.rank == 0:
+                log.info("step %d: the loss no longer falls; the next stage of growing context begins %d "
+                         "updates early", progress.step + 1, early)
+
+    def _bear(self, spike: guard.Spike, rate: float, targets: int, seconds: float) -> None:
+        """Skip the update, or go back to a checkpoint. Raises EliteError when that has not helped."""
+        progress = self.progress
+        progress.spikes += 1
+        progress.spikes_in_a_row += 1
+        if progress.spikes_in_a_row >= guard.IN_A_ROW and self._go_back(spike):
+            return
+        if self.engine.rank == 0:
+            log.warning("step %d: the %s; the update is skipped", progress.step + 1, spike)
+        self._record(spike.loss, None, rate, targets, seconds, skipped="spike")
+
+    def _go_back(self, spike: guard.Spike) -> bool:
+        """Take the weights of the last checkpoint before the spikes, and windows after theirs. Together.
+
+        False when there is no checkpoint and the update is to be skipped. A run that is killed after this
+        goes on from the same checkpoint as it lies there, meets the spikes again, and comes back here.
+        """
+        now, run, config, main = self.progress, self.run, self.config, self.engine.rank == 0
+        name = self.engine.share(checkpoints.before_spikes(run.path, now.anchor) if main else "")
+        if now.rollbacks >= guard.ROLLBACKS or (not name and now.spikes_in_a_row >= guard.IN_A_ROW_ALONE):
+            raise EliteError(guard.hopeless(spike, now.step + 1, now.rollbacks,
+                                            config["training.learning_rate"], config["training.spike_sigma"]))
+        if not name:
+            return False
+        captured, state = checkpoints.load(run.path / name)
+        self.put_back(captured)
+        if self.average is not None:
+            self.average.restore(captured)
+        self.progress = now.gone_back(Progress(**state))
+        if main:
+            checkpoints.drop_after(run.path, self.progress.step)
+            self.journal.rewind(self.progress.step, checkpoints.digest_of(self.identity))
+            log.warning("step %d: the %s, as was the one before; back to %s, and on with windows after these",
+                        now.step + 1, spike, name)
+        self._tell_steps()
+        return True
+
     def loss(self, batch: Batch) -> Tensor:
         """A micro-batch's summed loss on the device, ready for `engine.backward`."""
-        chunk = self.config["training.loss_chunk_tokens"]
+        chunk, smoothing = self.config["training.loss_chunk_tokens"], self.config["training.label_smoothing"]
+        more = {"smoothing": smoothing} if smoothing else {}
 
         def work(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
-            return self.loss_function(model, ids, labels, None, chunk)[0]
+            return self.loss_function(model, ids, labels, None, chunk, **more)[0]
 
         device = self.engine.device
         return self.engine.loss(work, batch.ids.to(device), batch.labels.to(device))
@@ -151,19 +208,25 @@ class Training:
         total = self.engine.total(_SIGNALS[self.watch.poll()])
         return "SIGTERM" if total >= _SIGNALS["SIGTERM"] else "SIGINT" if total else ""
 
+    def _steps_at(self, step: int) -> int:
+        """The last step of the run, as far as it was known at update `step` (from 0)."""
+        return self.planned if step < self.progress.fitted_from else self.steps
+
     def _rate(self, step: int) -> float:
         config = self.config
-        steps = self.planned if step < self.progress.fitted_from else self.steps
-        share = schedules.share(config["training.schedule"], step, steps, config["training.warmup_share"],
-                                config["training.min_lr_share"])
+        share = schedules.share(config["training.schedule"], step, self._steps_at(step),
+                                config["training.warmup_share"], config["training.min_lr_share"])
         return float(config["training.learning_rate"]) * share
 
-    def _record(self, mean: float, norm: float | None, rate: float, targets: int, seconds: float) -> None:
+    def _record(self, mean: float, norm: float | None, rate: float, targets: int, seconds: float,
+                skipped: str = "") -> None:
+        """One update more; `norm` None: it was skipped, for `skipped` or because it was not finite."""
         progress = self.progress
         epoch = progress.step / self.layout.updates_per_epoch
         progress.step += 1
-        progress.skipped_in_a_row = 0 if norm is not None else progress.skipped_in_a_row + 1
-        progress.skipped += norm is None
+        broken = norm is None and not skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if broken else 0
+        progress.skipped += broken
         progress.tokens_trained += targets if norm is not None else 0
         self._durations.append(seconds)
         self._tell_steps()
@@ -171,8 +234,9 @@ class Training:
             peak = device_peak_bytes(self.engine.device)
             self.journal.metrics({"step": progress.step, "epoch": epoch, "loss": mean, "lr": rate,
                                   "grad_norm": norm, "tokens": targets, "tokens_per_s": targets / seconds,
-                                  "device_bytes": peak, "host_bytes": resident_bytes(), "time": time.time()})
-            shown = "not finite, update skipped" if norm is None else f"{norm:.3f}"
+                                  "device_bytes": peak, "host_bytes": resident_bytes(), "time": time.time(),
+                                  **({"skipped": skipped} if skipped else {})})
+            shown = f"{norm:.3f}" if norm is not None else f"{skipped or 'not finite'}, update skipped"
             log.info("step %d of %d: loss %.4f, rate %.3g, norm %s, %.0f tokens/s", progress.step, self.steps,
                      mean, rate, shown, targets / seconds)
         self._give_up_if_hopeless(mean)
@@ -205,27 +269,56 @@ class Training:
     def _tell_steps(self) -> None:
         self.heartbeat.step, self.heartbeat.steps = self.progress.step, self.steps
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, then let go of old ones. By all ranks; before step 1 nothing."""
+    def save(self, regular: bool = False) -> None:
+        """Write a checkpoint of this step, then let go of old ones. By all ranks; before step 1 nothing.
+
+        `regular`: an uninterrupted run makes it, too, so it is one to go back to from loss spikes.
+        """
         if not self.progress.step:
             return
-        failure = ""
+        failure, earlier = "", self.progress.anchor
         self.progress.seconds = self.seconds()
+        if regular and not self.progress.spikes_in_a_row:
+            self.progress.anchor = self.progress.step
         captured = self.engine.capture()
+        if self.average is not None:
+            self.average.capture(captured)
         if self.engine.rank == 0:
             self.heartbeat.beat("save", detail=f"checkpoint-{self.progress.step}")
             try:
                 path = checkpoints.save(self.run.path, captured, asdict(self.progress), self.identity)
-                checkpoints.retain(self.run.path, self.config["training.keep_checkpoints"])
+                self.prune()
                 log.info("saved %s", path.name)
             except CannotWrite as error:
                 failure = str(error)
         if failure := self.engine.share(failure):
+            self.progress.anchor = earlier
             raise CannotWrite(failure)
+
+    def prune(self) -> None:
+        """Delete the checkpoints that need not be kept. On rank 0; elsewhere nothing."""
+        if self.engine.rank == 0:
+            checkpoints.retain(self.run.path, self.config["training.keep_checkpoints"],
+                               {self.progress.anchor, self._best()})
+
+    def _best(self) -> int | None:
+        """The step with the lowest held-out loss, if it is to be kept."""
+        if not self.config["training.keep_best"]:
+            return None
+        return checkpoints.best(self.journal.evaluations(), checkpoints.digest_of(self.identity))
+
+    def _keep_best(self) -> None:
+        """Save the step just evaluated when none was better: else the best weights have no checkpoint."""
+        if not self.engine.share(self._best() == self.progress.step):
+            return
+        if self.progress.anchor == self.progress.step:  # saved already
+            self.prune()
+        else:
+            self._save_or_warn()
 
     def _save_or_warn(self) -> None:
         try:
-            self.save()
+            self.save(regular=True)
         except CannotWrite as error:
             log.warning("%s The training goes on; the next checkpoint is tried at its own step.", error)
 

@@ -22,23 +22,27 @@ _chunkable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictiona
 
 
 def causal_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None,
-                chunk_tokens: int) -> tuple[Tensor, int]:
+                chunk_tokens: int, smoothing: float = 0.0) -> tuple[Tensor, int]:
     """Summed cross-entropy and the number of target tokens; their ratio is Hugging Face's mean loss.
 
     `input_ids`, `labels` (B, S), labels unshifted with -100 for no loss; `attention_mask` (B, S) or None.
     Windows padded on the right need no mask: attention is causal and padding carries no label.
     `chunk_tokens` 0: one chunk. The head is computed for target positions only. A family whose logits are not
     its head on its decoder's output goes through its own forward, with all logits at once.
+    `smoothing`: share of each target's probability that all V tokens divide among them (label smoothing,
+    arXiv:1512.00567 section 7); only a training loss has it. V is the width of the logits: the rows that pad
+    an embedding take part.
     """
     targets = labels[:, 1:] != IGNORED
     tokens = int(targets.sum())
     expected = labels[:, 1:][targets]
     if not verify_chunked(model):
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return _summed(logits[:, :-1][targets], expected), tokens
+        return _summed(logits[:, :-1][targets], expected, smoothing), tokens
     decoder, head = parts(model)
     hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    return _chunked(hidden[:, :-1][targets], expected, head, chunk_tokens or max(tokens, 1)), tokens
+    chunk = chunk_tokens or max(tokens, 1)
+    return _chunked(hidden[:, :-1][targets], expected, head, chunk, smoothing), tokens
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -120,24 +124,25 @@ def held_still(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def _chunked(hidden: Tensor, labels: Tensor, head: _LogitHead, chunk: int) -> Tensor:
+def _chunked(hidden: Tensor, labels: Tensor, head: _LogitHead, chunk: int, smoothing: float) -> Tensor:
     """(N, H), (N,) -> summed loss, differentiable in `hidden` and in the head's parameters."""
     if not torch.is_grad_enabled():
         pieces = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-        return sum((_summed(head(h), y) for h, y in pieces), start=hidden.new_zeros((), dtype=_wide(hidden)))
+        return sum((_summed(head(h), y, smoothing) for h, y in pieces),
+                   start=hidden.new_zeros((), dtype=_wide(hidden)))
     trained = [p for p in head.layer.parameters() if p.requires_grad]
     if any(hasattr(p, "ds_id") for p in head.layer.parameters()):
-        return _recomputed(hidden, labels, head, chunk)
-    return _HeadLoss.apply(hidden, labels, head, chunk, *trained)
+        return _recomputed(hidden, labels, head, chunk, smoothing)
+    return _HeadLoss.apply(hidden, labels, head, chunk, smoothing, *trained)
 
 
-def _recomputed(hidden: Tensor, labels: Tensor, head: _LogitHead, chunk: int) -> Tensor:
+def _recomputed(hidden: Tensor, labels: Tensor, head: _LogitHead, chunk: int, smoothing: float) -> Tensor:
     """The same for ZeRO-3, whose parameters exist only while a module's forward or backward runs."""
     from torch.utils.checkpoint import checkpoint
 
     total = hidden.new_zeros((), dtype=_wide(hidden))
     for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total = total + checkpoint(lambda x, t: _summed(head(x), t), h, y, use_reentrant=False)
+        total = total + checkpoint(lambda x, t: _summed(head(x), t, smoothing), h, y, use_reentrant=False)
     return total
 
 
@@ -145,9 +150,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+def _summed(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy of (N, V) logits, summed in float32 or better, as Hugging Face's loss does."""
-    return F.cross_entropy(logits.to(_wide(logits)), labels, reduction="sum")
+    return F.cross_entropy(logits.to(_wide(logits)), labels, reduction="sum", label_smoothing=smoothing)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -158,7 +163,7 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _LogitHead, chunk: int,
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _LogitHead, chunk: int, smoothing: float,
                 *trained: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=_wide(hidden))
         by_hidden = torch.empty_like(hidden)
@@ -166,7 +171,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             piece = hidden[start:start + chunk].detach().requires_grad_()
             with torch.enable_grad():
-                loss = _summed(head(piece), labels[start:start + chunk])
+                loss = _summed(head(piece), labels[start:start + chunk], smoothing)
                 found = torch.autograd.grad(loss, (piece, *trained))
             total += loss.detach()
             by_hidden[start:start + chunk] = found[0]
@@ -180,4 +185,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> Any:
         by_hidden, *by_weight = ctx.saved_tensors
         weights = [(g * incoming).to(dtype) for g, dtype in zip(by_weight, ctx.dtypes, strict=True)]
-        return ((by_hidden * incoming).to(by_hidden.dtype), None, None, None, *weights)
+        return ((by_hidden * incoming).to(by_hidden.dtype), None, None, None, None, *weights)

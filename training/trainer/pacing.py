@@ -1,8 +1,10 @@
-"""Fits the number of steps, once, to the seconds granted (training.budget_s) and the first steps' speed."""
+"""Fits the number of steps, once, to the seconds granted (training.budget_s) and the first steps' speed; and
+tells when a stage of growing context has taught what it can (dataset.curriculum_pace)."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +17,9 @@ FIT_AFTER = 6
 LEAST_STEPS = 10
 # Kept free for checkpoints and for steps that turn out slower than the measured ones.
 RESERVE = 0.05
+# A stage's last losses are compared in two halves of so many updates. Fewer tell a fall from noise too
+# rarely; more would not fit into the stages of short runs, which are some tens of updates long.
+HALF = 8
 
 
 def fit(budget_s: float, planned: int, done: int, step_seconds: Sequence[float]) -> dict[str, Any]:
@@ -54,3 +59,23 @@ def recorded(run: RunDirectory, identity_digest: str) -> dict[str, Any] | None:
     except EliteError:
         return None
     return decision if isinstance(decision, dict) and decision.get("identity") == identity_digest else None
+
+
+def levelled(losses: Sequence[float]) -> bool:
+    """Whether the loss no longer falls: the last 8 updates' mean is not below that of the 8 before by more
+    than the standard error of the difference. False while there are fewer than 16.
+
+    Growing windows: SkyLadder, arXiv:2503.15450, by a fixed schedule; following what the model can do rather
+    than a schedule: competence-based curricula, arXiv:1903.09848, section 3. Here competence is that the loss
+    at a context length has levelled off.
+
+    >>> levelled([2.0 - 0.01 * update for update in range(16)])
+    False
+    >>> levelled([2.0, 2.1] * 8)
+    True
+    """
+    if len(losses) < 2 * HALF:
+        return False
+    before, last = losses[-2 * HALF:-HALF], losses[-HALF:]
+    error = math.sqrt((statistics.variance(before) + statistics.variance(last)) / HALF)
+    return statistics.fmean(before) - statistics.fmean(last) <= error

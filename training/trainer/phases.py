@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from training.errors import MissingInput
+from training.errors import MissingInput, UsageError
 from training.trainer.imports import quick_imports
 
 with quick_imports():
@@ -17,10 +18,10 @@ with quick_imports():
     from torch import Tensor
 
     from training.dataset.store import WindowStore
-    from training.trainer import checkpoints, evaluation, export, pacing
+    from training.trainer import averaging, checkpoints, evaluation, export, grouped, pacing, processes
     from training.trainer import device as device_settings
     from training.trainer.engine import Captured, Engine, PlainEngine
-    from training.trainer.journal import Journal
+    from training.trainer.journal import AVERAGED, LAST, Journal
     from training.trainer.loading import LoadedModel, load
     from training.trainer.loop import Progress, Training
     from training.trainer.loss import LossFunction, causal_loss
@@ -72,7 +73,8 @@ def _run(session: Session) -> None:
         with _weights(first, loaded):
             session.facts["before"] = _evaluate(session, loaded, 0, "evaluate_before")
         session.mark("evaluate_before")
-    session.facts["after"] = _evaluate(session, loaded, training.progress.step, "evaluate_after")
+    session.facts["after"] = _evaluate_end(session, loaded)
+    training.prune()
     session.facts["samples"] = paired_samples(session.facts["before"], session.facts["after"])
     session.mark("evaluate_after")
     _export(session, loaded)
@@ -84,13 +86,23 @@ def _run(session: Session) -> None:
 def prepare(session: Session, store: WindowStore, identity: dict[str, Any], device: torch.device
             ) -> tuple[LoadedModel, Training, dict[str, Tensor] | None]:
     """Join the other ranks and load the model: (model, training, untrained weights or None)."""
+    _join(session, device)
+    loaded, session.training, first = _load(session, store, identity, device)
+    session.mark("load")
+    return loaded, session.training, first
+
+
+def _join(session: Session, device: torch.device) -> None:
+    """Start talking to the other ranks. Raises UsageError when the launcher started none of them."""
     if session.config["deepspeed.stage"]:
         from training.trainer.zero import start_processes
 
         session.rank, session.ranks = start_processes(device, session.tell("load"))
-    loaded, session.training, first = _load(session, store, identity, device)
-    session.mark("load")
-    return loaded, session.training, first
+    elif session.ranks > 1:
+        session.rank, session.ranks = processes.join(device)
+    elif session.config["device.count"] > 1:
+        raise UsageError(f"device.count is {session.config['device.count']} and this is one process; start "
+                         "as many through the command, or set device.count=1.")
 
 
 def choose_device(session: Session) -> torch.device:
@@ -115,9 +127,10 @@ def _load(session: Session, store: WindowStore, identity: dict[str, Any],
     """The model, the engine, the place to go on from, and the weights to evaluate as they were at first."""
     captured, progress = _newest(session, identity)
     tell = session.tell("load")
+    base = grouped.prepare(session, store, device)
     tell(f"loading {session.config['model.base']}")
     with session.watch.at_once():
-        loaded = load(session.config, store, device)
+        loaded = load(session.config, store, device, base)
     if session.rank == 0:
         for note in loaded.notes:
             log.info("%s", note)
@@ -129,15 +142,19 @@ def _load(session: Session, store: WindowStore, identity: dict[str, Any],
     if not session.trial:
         _begin(session, loaded, device)
     engine = _engine(session, loaded, device)
+    average = averaging.build(loaded.trainable, session.config) if session.rank == 0 else None
     if captured:
         engine.restore(captured)
+        if average is not None:
+            average.restore(captured)
     journal = Journal(session.run)
     if session.rank == 0:
         journal.rewind(progress.step, checkpoints.digest_of(identity))
     training = Training(
         run=session.run, config=session.config, store=store, engine=engine,
         loss_function=_loss_function(session, loaded, engine), heartbeat=session.heartbeat, journal=journal,
-        watch=session.watch, identity=identity, session_start=session.start, progress=progress)
+        watch=session.watch, identity=identity, session_start=session.start, progress=progress,
+        average=average, put_back=lambda captured: checkpoints.put_back(captured, loaded.trainable, engine))
     decision = engine.share(pacing.recorded(session.run, checkpoints.digest_of(identity)))
     if decision and progress.steps_fitted is None:
         training.adopt(decision)
@@ -191,7 +208,11 @@ def _newest(session: Session, identity: dict[str, Any]) -> tuple[Captured | None
 def _engine(session: Session, loaded: LoadedModel, device: torch.device) -> Engine:
     config = session.config
     if not config["deepspeed.stage"]:
-        return PlainEngine(loaded.model, loaded.trainable, config, device)
+        if session.ranks == 1:
+            return PlainEngine(loaded.model, loaded.trainable, config, device)
+        from training.trainer.parallel import DistributedEngine
+
+        return DistributedEngine(loaded.model, loaded.trainable, config, device)
     from training.trainer.zero import ZeroEngine
 
     return ZeroEngine(loaded.model, loaded.trainable, config, device,
@@ -218,6 +239,11 @@ def _check_streaming(session: Session, loaded: LoadedModel, device: torch.device
 
 
 def _loss_function(session: Session, loaded: LoadedModel, engine: Engine) -> LossFunction:
+    if session.config["parallel.ring"] > 1:
+        from training.trainer.ring import RingLoss
+
+        with session.watch.at_once():
+            return RingLoss(loaded.model, session.config)
     if not session.config["stream.chunk_tokens"]:
         return causal_loss
     from training.trainer.streaming import StreamedLoss
@@ -226,10 +252,14 @@ def _loss_function(session: Session, loaded: LoadedModel, engine: Engine) -> Los
                         engine.aside)
 
 
-def _evaluate(session: Session, loaded: LoadedModel, step: int, phase: str) -> dict[str, Any] | None:
-    """The evaluation at a step: the recorded one, else made now and recorded. None off rank 0."""
+def _evaluate(session: Session, loaded: LoadedModel, step: int, phase: str,
+              weights: str = LAST) -> dict[str, Any] | None:
+    """The evaluation at a step: the recorded one, else made now and recorded. None off rank 0.
+
+    `weights`: which ones the model has now, for the record.
+    """
     training: Any = session.training
-    found = training.engine.share(training.journal.evaluation_at(step))
+    found = training.engine.share(training.journal.evaluation_at(step, weights))
     if found is not None:
         return dict(found)
     session.heartbeat.beat(phase)
@@ -240,10 +270,37 @@ def _evaluate(session: Session, loaded: LoadedModel, step: int, phase: str) -> d
                                           training.loss_function, CURVES.get(phase, "")))
     if session.rank or made is None:
         return None
-    line = {"step": step, **made, "time": time.time(), "identity": checkpoints.digest_of(training.identity)}
+    line = {"step": step, **made, "time": time.time(), "identity": checkpoints.digest_of(training.identity),
+            **({"weights": weights} if weights != LAST else {})}
     training.journal.evaluation(line)
     log.info("step %d: held-out loss %.4f, %.4f bits per byte", step, made["loss"], made["bits_per_byte"])
     return line
+
+
+def _evaluate_end(session: Session, loaded: LoadedModel) -> dict[str, Any] | None:
+    """The evaluation of the run's result: of the last weights, or of their average where its held-out loss is
+    lower, which then takes their place in the model. Together; None off rank 0."""
+    training: Any = session.training
+    last = _evaluate(session, loaded, training.progress.step, "evaluate_after")
+    average = training.average  # rank 0 has it
+    if not training.engine.share(average is not None and average.updates > 0):
+        return last
+    with _weights(average.weights, loaded) if average else nullcontext():
+        averaged = _evaluate(session, loaded, training.progress.step, "evaluate_after", AVERAGED)
+    if last is None or averaged is None or average is None:
+        return None
+    better = _held_out_loss(averaged) < _held_out_loss(last)
+    if better:
+        checkpoints.put_weights(average.weights, loaded.trainable)
+    log.info("averaged weights: held-out loss %.4f, the last ones: %.4f; the %s ones are the result",
+             _held_out_loss(averaged), _held_out_loss(last), "averaged" if better else "last")
+    return averaged if better else last
+
+
+def _held_out_loss(evaluated: dict[str, Any]) -> float:
+    """Of an evaluation, made or recorded; one that is not finite is recorded as None and never the lower."""
+    loss = evaluated["loss"]
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def _check(session: Session, engine: Engine) -> Callable[[], None]:

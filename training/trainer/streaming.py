@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 Aside = Callable[[], AbstractContextManager[Any]]
 FOLDER = "stream"
 SAME = ("page_tokens", "mlp_tokens", "inputs", "keep_every", "encoding", "pages", "attention", "keys",
-        "weights")
+        "weights", "overlap")
 
 
 def policy_of(config: Config, directory: Path) -> StreamPolicy:
@@ -98,13 +98,14 @@ class StreamedLoss:
         self.step = StreamedStep(model, policy_of(config, run / FOLDER), device=device, gather=gather)
 
     def __call__(self, model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None,
-                 chunk_tokens: int) -> tuple[Tensor, int]:
+                 chunk_tokens: int, smoothing: float = 0.0) -> tuple[Tensor, int]:
         """`causal_loss` of (B, S) ids and labels; the size of the loss's pieces is the policy's."""
         tokens = int((labels[:, 1:] != IGNORED).sum())
         with computed_in(self._config, self._device):
             if not tokens:
                 return self._nothing(input_ids), 0
-            return self.step(input_ids, labels, attention_mask=attention_mask, reduction="sum"), tokens
+            return self.step(input_ids, labels, attention_mask=attention_mask, reduction="sum",
+                             smoothing=smoothing), tokens
 
     def _nothing(self, input_ids: Tensor) -> Tensor:
         """Zero, with a gradient of zero for each parameter: other ranks wait for all of them."""

@@ -11,7 +11,6 @@ no pickle, and the number of ranks or the stage may change between two starts.
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import socket
@@ -25,18 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from training.errors import EliteError, Problems
 from training.rundir import read_data
 from training.trainer import optimizers
 from training.trainer.device import Defragmenter
 from training.trainer.engine import FLOAT16_PATIENCE, PATIENCE, Captured, Gather, Returned
 from training.trainer.ops import prepare_cpu_adam
 from training.trainer.partitions import Partitions
+from training.trainer.processes import WAIT, Together, backend_of
 
 log = logging.getLogger(__name__)
 
-# Other ranks wait while rank 0 evaluates or exports; NCCL's own limit of 10 minutes is too short for that.
-WAIT = datetime.timedelta(hours=6)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -56,8 +53,7 @@ def start_processes(device: torch.device, tell: Callable[[str], None]) -> tuple[
     # Its shared-memory all-reduce for CPU ranks would be compiled here unasked (some 30 s) and spins while
     # it waits.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=WAIT, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend_of(device), timeout=WAIT, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -79,7 +75,7 @@ class Root(Module):
         return work(self.model, *tensors)
 
 
-class ZeroEngine:
+class ZeroEngine(Together):
     """DeepSpeed over one or more ranks, each with its own device."""
 
     def __init__(self, model: Module, trainable: Mapping[str, Parameter], config: Mapping[str, Any],
@@ -130,6 +126,26 @@ class ZeroEngine:
             return None
         return float(self._engine.get_global_grad_norm())
 
+    def discard(self) -> None:
+        """Drop the reduced gradients and start counting micro-batches anew, as `step` does when it skips.
+
+        Its own way there, an overflow, would also lower the loss scale. What offloading keeps on the host is
+        overwritten by the next update's first micro-batch.
+        """
+        zero = self._zero
+        if self._stage == 3:
+            zero._pre_step()
+            zero._overflow_clean_up(zero.loss_scale)
+            return
+        zero.micro_step_id = -1
+        zero.zero_grad(set_to_none=True)
+        for kept in (zero.averaged_gradients, zero.all_grad_tensors):
+            for group in kept:
+                kept[group] = None
+        if zero.cpu_offload:
+            zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+
     def on_model(self, work: Callable[[Module], Returned]) -> Returned | None:
         """Evaluate on rank 0 while the others wait; on all ranks at once where weights are partitioned."""
         self._engine.eval()
@@ -137,7 +153,7 @@ class ZeroEngine:
             with torch.no_grad():
                 if self._stage == 3:
                     return self._on_root(work)
-                return self._on_main(lambda: work(self._engine.module.model))
+                return self.on_main(lambda: work(self._engine.module.model))
         finally:
             self._engine.train()
 
@@ -152,30 +168,15 @@ class ZeroEngine:
         self._engine.module(kept)
         return values[0]
 
-    def _on_main(self, work: Callable[[], Returned]) -> Returned | None:
-        """Run on rank 0; when that ends in an EliteError, such as a stop, every rank raises it."""
-        value: Returned | None = None
-        failure: EliteError | None = None
-        if self.rank == 0:
-            try:
-                value = work()
-            except EliteError as error:
-                failure = error
-        kind = type(failure.problems[0] if isinstance(failure, Problems) else failure)
-        told = self.share(None if failure is None else (kind, str(failure)))
-        if told is not None:
-            raise told[0](told[1])
-        return value
-
     def with_whole_weights(self, work: Callable[[], Returned], everything: bool) -> Returned | None:
         """Gather partitioned weights (stage 3) around `work` on rank 0."""
         if self._stage != 3:
-            return self._on_main(work)
+            return self.on_main(work)
         import deepspeed
 
         wanted = self._engine.module.parameters() if everything else self._trainable.values()
         with deepspeed.zero.GatheredParameters(list(wanted)):
-            return self._on_main(work)
+            return self.on_main(work)
 
     def capture(self) -> Captured:
         """Whole tensors by name on rank 0; the other ranks only take part in gathering them."""
@@ -272,20 +273,3 @@ class ZeroEngine:
     def aside(self) -> AbstractContextManager[Any]:
         """DeepSpeed's hooks on modules in place again."""
         return self._partitions.attached() if self._partitions else nullcontext()
-
-    def close(self) -> None:
-        """Leave the process group, which complains when it is merely dropped."""
-        torch.distributed.barrier()  # rank 0 has the store through which the others leave
-        torch.distributed.destroy_process_group()
-
-    def total(self, value: float) -> float:
-        """Summed over ranks in float64."""
-        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)
-        return float(tensor)
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value everywhere."""
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
