@@ -45,8 +45,9 @@ ARROWS = {
     "ledger_tables": BASICS | {"ledger", "planning"},
     "stream_tables": set(),
     "planner_tables": set(),
+    "peer_tables": set(),
     "documentation": BASICS | {"configuration", "hardware", "ledger", "models", "planning", "ledger_tables",
-                               "planner_tables", "stream_tables"},
+                               "planner_tables", "peer_tables", "stream_tables"},
     "command": BASICS | {"models", "configuration", "console", "dataset", "hardware", "manager", "planning"},
     "model_trainer_unified": BASICS | {"trainer", "configuration", "dataset", "models", "manager"},
 }

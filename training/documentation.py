@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from training import configuration, ledger_tables, models, planner_tables, stream_tables
+from training import configuration, ledger_tables, models, peer_tables, planner_tables, stream_tables
 from training.hardware.profiler import from_preset
 from training.planning import outlook, policies, presets, tables
 from training.planning.calculator import OptimalConfigCalculator
@@ -154,7 +154,7 @@ def _ladder(machine: str) -> str:
 
 def optimizations_page() -> str:
     """docs/optimizations.md: the catalogue, what the ledgers measured, and the streamed step."""
-    return ledger_tables.optimizations_page(stream_tables.section())
+    return ledger_tables.optimizations_page(f"{peer_tables.section()}\n{stream_tables.section()}")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -65,7 +65,7 @@ figure of ours exists yet; section numbers were not checked against the papers. 
 def optimizations_page(streamed: str, machines: Machines | None = None) -> str:
     """The catalogue by group, what was measured by machine, and what needs other hardware.
 
-    `streamed`: the streamed step's part; `machines`: the newest entries by machine and id, by default those
+    `streamed`: the parts after it; `machines`: the newest entries by machine and id, by default those
     of benchmarks/results.
     """
     items = catalogue()

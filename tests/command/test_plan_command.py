@@ -90,6 +90,7 @@ def test_the_reference_repository_has_the_tokens_that_it_is_said_to_have():
     assert REFERENCE_TOKENS == 5_000_000 == round(REFERENCE.code_bytes / 3.2)
 
 
+@pytest.mark.real   # its seconds count only where nothing shares the core
 def test_all_plans_take_less_than_ten_cpu_seconds():
     """A twelfth of the 336 plans of the shipped tables, spread over machines and models, in a twelfth."""
     bases = machines.bases("auto")[::4]

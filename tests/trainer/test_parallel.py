@@ -17,7 +17,6 @@ from training.trainer import phases
 from training.trainer.batches import Layout, read_update
 from training.trainer.journal import read_lines
 from training.trainer.powersgd import WHOLE_UPDATES
-from training.trainer.ring import RingLoss
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 120
@@ -199,7 +198,5 @@ def test_several_devices_and_one_process_are_refused():
 
 
 def test_compiled_layers_are_refused_on_a_ring():
-    config = config_of(device__count=2, parallel__ring=2, training__compile=True)
-    with pytest.raises(UsageError, match=r"parallel\.ring is 2 and cannot share embedded's windows: compiled "
-                                         r"layers; set training\.compile=false\. Set parallel\.ring=1\."):
-        RingLoss(TinyModel(), config)
+    with pytest.raises(UsageError, match=r"cannot go together; set training\.compile=false\."):
+        config_of(device__count=2, parallel__ring=2, training__compile=True)

@@ -11,7 +11,7 @@ from training.families import UNFUSED
 from training.longcontext.policy import StreamPolicy
 from training.planning import mix
 from training.planning.evidence import Evidence
-from training.planning.recipe import DEPENDENT, FIXED, optimizer_choices, optimizer_name
+from training.planning.recipe import DEPENDENT, PRESET, optimizer_choices, optimizer_name
 from training.planning.situation import Situation
 from training.planning.streaming import stream_choices
 from training.planning.tiers import tier_of
@@ -30,6 +30,12 @@ CPU_STEPS = 20                   # least updates within the budget of a base on 
 BASE_EPOCHS = 3                  # epochs over a small repository flatten near 4 (docs/research.md)
 SAVE_EVERY_S = 300
 LOGITS_BYTES = 512 << 20         # of one chunk's logits and their gradients
+
+
+_EMBEDDED = {used: {key.name: Choice(key.default, "preset", about) for key in KEYS
+                    if key.name.startswith("embedded.")}
+             for used, about in ((True, "about 4 M parameters, trained in minutes"),
+                                 (False, "unused: not that base"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,10 @@ class Chooser(Mapping[str, Any]):
 
     def take(self, found: Mapping[str, Choice]) -> None:
         """Record choices made elsewhere."""
+        renamed = self.described and any(choice.source == "measured" for choice in found.values())
+        if not renamed and found.keys().isdisjoint(self.user) and found.keys().isdisjoint(self.evidence):
+            self.choices.update(found)
+            return
         for name, choice in found.items():
             self.put(name, choice.value, choice.source, choice.why)
 
@@ -117,8 +127,7 @@ def _contradict(made: Mapping[str, Choice]) -> bool:
 
 def _derive(situation: Situation, window: Window, evidence: tuple[Evidence, ...]) -> dict[str, Choice]:
     chooser = Chooser(situation.user, situation.profile.source == "preset", evidence)
-    for name, (value, why) in FIXED.items():
-        chooser.put(name, value, "preset", why)
+    chooser.take(PRESET)
     _device(chooser, situation)
     _model(chooser, situation, window)
     _adapter(chooser, situation, window)
@@ -371,8 +380,5 @@ def _rest(chooser: Chooser, situation: Situation) -> None:
     chooser.put("run.name", name, "derived", "base and repository")
     chooser.put("training.trial", True, "preset", "real steps check the plan before hours are spent")
     chooser.put("run.seed", 1234, "preset", "the same run twice gives the same weights")
-    about = "about 4 M parameters, trained in minutes" if situation.embedded else "unused: not that base"
-    for key in KEYS:
-        if key.name.startswith("embedded."):
-            chooser.put(key.name, key.default, "preset", about)
+    chooser.take(_EMBEDDED[situation.embedded])
 

@@ -34,6 +34,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "parallel.ring": (1, "a window is worked on by one device"),
     "stream.overlap": (True, "copies cost no time while they hide behind the computation"),
 }
+PRESET = {name: Choice(value, "preset", why) for name, (value, why) in FIXED.items()}
 # Value of what only counts while another key is not off: that key, its value for off, and both reasons.
 DEPENDENT: dict[str, tuple[Any, str, Any, str, str]] = {
     "model.heal_steps": (0, "model.kv_heads", 0, "no updates are set aside for pooled heads",

@@ -207,7 +207,7 @@ def schedule(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProf
     in_epoch = math.ceil(windows / (per_step * readers(values)))
     steps = int(values["training.epochs"]) * in_epoch
     steps = min(steps, int(values["training.max_steps"]) or steps)
-    extra, all_steps = extra_s(shape, values, profile), steps
+    extra, all_steps = extra_s(shape, values, profile, per_window_s), steps
     if budget_s := float(values["training.budget_s"]):
         affordable = int(0.95 * budget_s / step_s) if math.isfinite(step_s) and step_s else steps
         steps = max(1, min(steps, max(LEAST_STEPS, affordable)))
@@ -215,14 +215,17 @@ def schedule(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProf
                     uncut_s=all_steps * step_s + extra)
 
 
-def extra_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile) -> float:
+def extra_s(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile,
+            per_window_s: float) -> float:
     """Start-up, the evaluations before and after, and the context curve: a forward pass is a third of a full
     step's operations, and a completion re-reads the weights for each token (2 N FLOP each, at a tenth of the
-    rate)."""
+    rate). `per_window_s`: of a step, which a ring shares out and an evaluation does not."""
     linear, _, _ = rates(values, profile)
     if not linear:
         return STARTUP_S[str(values["device.kind"])]
-    each_s = window_s(shape, {**values, "parallel.ring": 1}, profile) / 3   # one device reads a window alone
+    if int(values.get("parallel.ring", 1)) > 1:
+        per_window_s = window_s(shape, {**values, "parallel.ring": 1}, profile)
+    each_s = per_window_s / 3
     reading = int(values["evaluation.windows"]) * each_s
     written = int(values["evaluation.completions"]) * int(values["evaluation.completion_tokens"])
     writing = written * 2 * shape.active_parameters / (linear / 10)

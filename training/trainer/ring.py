@@ -32,8 +32,6 @@ class RingLoss:
     def __init__(self, model: nn.Module, config: Config):
         size = config["parallel.ring"]
         try:
-            if config["training.compile"]:
-                raise Unsupported("compiled layers; set training.compile=false")
             self._ring = Ring(size, longest=config["dataset.context_tokens"])
             self._mount = Mount(model)
             plain, found = self._mount.verify(model, self._ring)
