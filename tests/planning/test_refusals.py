@@ -151,3 +151,9 @@ def test_anyway_runs_a_plan_that_does_not_fit_and_says_so():
 def test_anyway_does_not_lift_what_a_model_cannot_do():
     with pytest.raises(UsageError, match="beyond what starcoderbase-1b can be trained at"):
         calculate(profile(24), "starcoderbase-1b", tier=8, anyway=True)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_ring_of_more_devices_than_there_are_is_refused_in_one_line(count):
+    with pytest.raises(UsageError, match=rf"^device\.count {count} is no multiple of parallel\.ring 3\.$"):
+        calculate(profile(), "embedded", settings={"parallel.ring": 3, "device.count": count})

@@ -192,8 +192,9 @@ def windows_in(code_bytes: int, values: Mapping[str, Any]) -> int:
 
 
 def readers(values: Mapping[str, Any]) -> int:
-    """Devices, or rings of them, that read windows of their own."""
-    return int(values["device.count"]) // int(values.get("parallel.ring", 1))
+    """Devices, or rings of them, that read windows of their own; 1 for a ring of more than there are, which
+    is refused once the plan is whole."""
+    return max(1, int(values["device.count"]) // int(values.get("parallel.ring", 1)))
 
 
 def schedule(shape: ModelShape, values: Mapping[str, Any], profile: HardwareProfile,
