@@ -77,8 +77,8 @@ def optimizer_name(values: Mapping[str, Any], situation: Situation) -> Choice:
     """Which optimizer, as it is planned without evidence."""
     lora, zero = values["lora.enabled"], values["deepspeed.stage"]
     if situation.embedded and not zero and not lora:
-        return Choice("muon", "preset", "needs fewer tokens for the same held-out loss than AdamW "
-                                        "(docs/optimizations.md)")
+        return Choice("muon", "preset", "held-out loss after 0.1 M tokens 4.30, AdamW's 5.84 (one "
+                                        "run of each)")
     eight_bit = (lora and values["device.kind"] == "cuda" and not zero
                  and "bitsandbytes_8bit" in situation.profile.supports
                  and situation.works("bitsandbytes_8bit")[0])
