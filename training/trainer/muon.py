@@ -1,7 +1,8 @@
 """Muon for matrices inside decoder layers, AdamW for everything else, as one optimizer.
 
-torch.optim.Muon (2.13) orthogonalizes in bfloat16 whatever the device, and a CPU without bf16 units multiplies
-that far slower than float32 (`elite_train.py profile` shows both rates). Here the type follows the device.
+torch.optim.Muon (2.13) orthogonalizes in bfloat16 whatever the device, and a CPU without bf16 units
+multiplies that far slower than float32 (`elite_train.py profile` shows both rates). Here the type follows the
+device.
 """
 
 from __future__ import annotations
