@@ -1,11 +1,11 @@
 # `make test` does everything on a fresh clone: it sets up .venv first, with Python 3.10 or newer and nothing else.
 PYTHON ?= python3
 VENV := .venv/bin/python
-# Two processes, a file's tests in one of them; whole commands, whose times are looked at, run alone.
+# Two processes, a file's tests in one of them; what is timed runs alone.
 TWO := -n 2 --dist loadfile --durations=5
 UNIT := $(VENV) -m pytest -m "not real" $(TWO)
-RANKS := $(VENV) -m pytest -m real --ignore=tests/real --ignore=tests/command $(TWO)
-ALONE := $(VENV) -m pytest -m real tests/real tests/command --durations=5
+REAL := $(VENV) -m pytest -m "real and not alone" $(TWO)
+ALONE := $(VENV) -m pytest -m alone
 
 .PHONY: help setup test lint types unit real docs
 help:  ## list the targets
@@ -16,7 +16,7 @@ setup:  ## make or mend .venv, with the developers' tools
 
 test: setup  ## lint, types, and every test
 	$(VENV) -m ruff check .
-	$(VENV) -m mypy & types=$$!; $(UNIT) && $(RANKS) && $(ALONE) && wait $$types
+	$(VENV) -m mypy & types=$$!; $(UNIT) && $(REAL) && $(ALONE) && wait $$types
 
 lint: setup  ## ruff
 	$(VENV) -m ruff check .
@@ -28,7 +28,7 @@ unit: setup  ## the tests that take milliseconds
 	$(UNIT)
 
 real: setup  ## the whole command and DeepSpeed's launcher, on real input
-	$(RANKS) && $(ALONE)
+	$(REAL) && $(ALONE)
 
 docs: setup  ## regenerate the generated pages of docs/
 	$(VENV) -m training.documentation

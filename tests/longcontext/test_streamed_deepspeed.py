@@ -1,12 +1,10 @@
 """DeepSpeed through the streamed step: the plain curve and weights, each hook once, each gather twice."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -20,23 +18,14 @@ from training.trainer.journal import read_lines  # noqa: E402
 from training.trainer.loss import causal_loss  # noqa: E402
 from training.trainer.streaming import StreamedLoss  # noqa: E402
 
-PATIENCE_S = 300
 PER_LAYER, OUTSIDE = 12, 3  # parameters of a layer, and around the layers
 MICRO_BATCHES = {1: 22, 2: 12}  # of two epochs of 11 windows, by ranks; one rank's last is without a window
 
 
 def work(path, ranks=1, **options):
     """Run streamed_worker.py in `ranks` processes; what it wrote."""
-    arguments = json.dumps({"path": str(path), "ranks": ranks, **options})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [subprocess.Popen([sys.executable, str(HERE / "streamed_worker.py"), arguments], text=True,
-                                  env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(ranks)]
-    outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
+    arguments = {"path": str(path), "ranks": ranks, **options}
+    forked.server().run(HERE / "streamed_worker.py", path / "worker.log", arguments, ranks)
     return json.loads((path / "outcome.json").read_text())
 
 

@@ -77,6 +77,7 @@ def course(path, case, discarding):
 
 def main(path):
     """Every case twice; what was the same is written to outcome.json."""
+    path = Path(path)
     torch.set_num_threads(1)
     start_processes(torch.device("cpu"), lambda detail: None)
     outcome = {}
@@ -91,5 +92,5 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])
     leave(0)

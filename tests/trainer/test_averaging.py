@@ -2,14 +2,11 @@
 
 import json
 import logging
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from run_maker import configure, dataset_at
@@ -313,15 +310,9 @@ def test_a_streamed_run_ends_with_the_better_weights_too(with_dataset, tmp_path)
 def test_two_ranks_under_zero_2_export_rank_0s_average(with_dataset, tmp_path):
     run = run_at(with_dataset, tmp_path / "run", deepspeed__stage=2, device__count=2,
                  training__accumulation=1, **AVERAGE_WINS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", port,
-               str(TRAINER), "--run-dir", str(run)]
-    done = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, cwd="/", text=True,
-                          capture_output=True, timeout=PATIENCE_S)
+    forked.server().run(TRAINER, tmp_path / "ranks.log", {"arguments": ["--run-dir", str(run)]}, ranks=2)
     found = read_record(Result, run / "result.json")
-    assert found.state == "done", done.stdout[-3000:]
+    assert found.state == "done"
     averaged_row = read_lines(run / "evaluations.jsonl")[-1]
     assert (averaged_row["weights"], averaged_row["loss"]) == ("averaged", found.quality["after"].loss)
     assert is_exported(average_of(run), run)

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from run_maker import configure, dataset_at
@@ -25,23 +25,12 @@ TRAINER = HERE.parent.parent / "training" / "model_trainer_unified.py"
 PATIENCE_S = 300
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def work(path, ranks=1, **options):
     """Run zero_worker.py in `ranks` processes; what it wrote."""
     path.mkdir(exist_ok=True)
     (path / "outcome.json").unlink(missing_ok=True)
-    arguments = json.dumps({"path": str(path), "ranks": ranks, **options})
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = [subprocess.Popen([sys.executable, str(HERE / "zero_worker.py"), arguments], text=True,
-                                  env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(ranks)]
-    outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
+    arguments = {"path": str(path), "ranks": ranks, **options}
+    forked.server().run(HERE / "zero_worker.py", path / "worker.log", arguments, ranks)
     return json.loads((path / "outcome.json").read_text())
 
 
@@ -127,7 +116,7 @@ def reconfigure(path, ranks, **settings):
 
 def launch(run, ranks):
     deepspeed = Path(sys.executable).parent / "deepspeed"
-    command = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", free_port(), str(TRAINER),
+    command = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", forked.free_port(), str(TRAINER),
                "--run-dir", str(run)]
     return subprocess.Popen(command, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, cwd="/",
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -136,6 +125,17 @@ def launch(run, ranks):
 def launched(run, ranks):
     output, _ = launch(run, ranks).communicate(timeout=PATIENCE_S)
     return output, read_record(Result, run / "result.json")
+
+
+def start(run, ranks):
+    """The trainer in as many forks as there are ranks, without the launcher."""
+    return forked.server().start(TRAINER, run / "ranks.log", {"arguments": ["--run-dir", str(run)]}, ranks)
+
+
+def ranks_of(run, ranks):
+    job = start(run, ranks)
+    job.wait()
+    return job.text(), read_record(Result, run / "result.json")
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +152,11 @@ def test_one_rank_under_deepspeeds_launcher_ends_with_a_valid_result(by_one):
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(2, True), (3, False)])
-def test_two_ranks_under_deepspeeds_launcher_make_the_same_updates(with_dataset, by_one, tmp_path, stage,
-                                                                  offload):
+def test_two_ranks_make_the_same_updates(with_dataset, by_one, tmp_path, stage, offload):
+    """At stage 2 under DeepSpeed's launcher."""
     run = run_at(with_dataset, tmp_path / "run", ranks=2, deepspeed__stage=stage,
                  deepspeed__offload_optimizer=offload)
-    output, found = launched(run, 2)
+    output, found = launched(run, 2) if stage == 2 else ranks_of(run, 2)
     assert (found.state, found.steps) == ("done", 6), output[-3000:]
     assert flat(curve(run)) == pytest.approx(flat(by_one[2]), rel=1e-3)
     assert found.quality["after"].loss == pytest.approx(by_one[1].quality["after"].loss, rel=1e-3)
@@ -165,16 +165,15 @@ def test_two_ranks_under_deepspeeds_launcher_make_the_same_updates(with_dataset,
 
 def test_a_stop_ends_both_ranks_with_a_checkpoint_that_one_rank_continues(with_dataset, by_one, tmp_path):
     run = run_at(with_dataset, tmp_path / "run", ranks=2)
-    process = launch(run, 2)
+    job = start(run, 2)
     end = time.monotonic() + PATIENCE_S
-    while len(read_lines(run / "metrics.jsonl")) < 2 and time.monotonic() < end and process.poll() is None:
+    while len(read_lines(run / "metrics.jsonl")) < 2 and time.monotonic() < end and None in job.poll():
         time.sleep(0.01)
     (run / "stop").write_text("SIGTERM")
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert job.wait() == [75, 75], job.text()[-3000:]
     stopped = read_record(Result, run / "result.json")
-    assert (stopped.state, stopped.exit_code) == ("interrupted", 75), output[-3000:]
+    assert (stopped.state, stopped.exit_code) == ("interrupted", 75)
     reconfigure(run, ranks=1, deepspeed__stage=0, deepspeed__offload_optimizer=False)
-    subprocess.run([sys.executable, str(TRAINER), "--run-dir", str(run)], check=True, timeout=PATIENCE_S,
-                   capture_output=True)
+    assert forked.trainer(run, run / "alone.log").communicate()
     assert read_record(Result, run / "result.json").state == "done"
     assert flat(curve(run)) == pytest.approx(flat(by_one[2]), rel=1e-3)

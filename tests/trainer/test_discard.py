@@ -1,11 +1,9 @@
 """An update that is discarded under DeepSpeed, and LoRA+ there, on one CPU rank with real engines."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytestmark = pytest.mark.real
@@ -17,9 +15,7 @@ CASES = ("stage 1", "stage 1, offloaded", "stage 2", "stage 2, offloaded", "stag
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     path = tmp_path_factory.mktemp("discard")
-    done = subprocess.run([sys.executable, str(WORKER), str(path)], capture_output=True, text=True,
-                          env=os.environ | {"DS_ACCELERATOR": "cpu"}, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.server().run(WORKER, path / "worker.log", {"path": str(path)})
     return json.loads((path / "outcome.json").read_text())
 
 

@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
-import socket
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from trainer_fakes import FakeStore, TinyModel, config_of, same, tiny_loss, training_of, weights_of
@@ -347,23 +344,11 @@ def test_a_state_of_an_older_checkpoint_starts_with_an_empty_window(tmp_path):
     assert (progress.step, progress.losses, progress.rollbacks, progress.place) == (48, [], 0, 48)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def together(path, ranks, **options):
     """Run guard_worker.py in `ranks` processes; what each of them wrote."""
     path.mkdir()
-    arguments = json.dumps({"path": str(path), "ranks": ranks, **options})
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-              "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen([sys.executable, str(HERE / "guard_worker.py"), arguments], text=True,
-                                  env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(ranks)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
+    arguments = {"path": str(path), "ranks": ranks, **options}
+    forked.server().run(HERE / "guard_worker.py", path / "worker.log", arguments, ranks)
     return [json.loads((path / f"outcome-{rank}.json").read_text()) for rank in range(ranks)]
 
 

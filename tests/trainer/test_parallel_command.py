@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import pytest
 from run_maker import configure, dataset_at
 
@@ -23,32 +24,42 @@ def with_dataset(tmp_path_factory):
     return dataset_at(tmp_path_factory.mktemp("dataset"))
 
 
-def trained(with_dataset, path, **settings):
-    """What the launcher's command makes of a run: its result, its curve and its log."""
+def trained(with_dataset, path, forks=True, **settings):
+    """What the trainer makes of a run: its result, its curve and its log. `forks`: without the launcher."""
     run = path / "run"
     run.mkdir(parents=True)
     shutil.copytree(with_dataset / "dataset", run / "dataset")
     chosen = {"training__micro_batch": 1, "training__accumulation": 4, "training__max_steps": 4,
               "training__save_steps": 0, "evaluation__completions": 1, "evaluation__windows": 2, **settings}
     configure(run, **chosen)
-    config = Config({name.replace("__", "."): value for name, value in chosen.items()})
-    argv = launcher.command(config, run, sys.executable, port=launcher.free_port())
-    done = subprocess.run(argv, text=True, capture_output=True, timeout=PATIENCE_S, cwd="/",
-                          env=os.environ | {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"})
+    if forks:
+        job = forked.server().start(launcher.SCRIPT, path / "ranks.log",
+                                    {"arguments": ["--run-dir", str(run)]}, chosen.get("device__count", 0))
+        codes, told = job.wait(), job.text()
+    else:
+        done = launched(chosen, run)
+        codes, told = [done.returncode], done.stdout
     result = read_record(Result, run / "result.json")
-    assert (result.state, result.steps, done.returncode) == ("done", 4, 0), done.stdout[-3000:]
+    assert (result.state, result.steps, any(codes)) == ("done", 4, False), told[-3000:]
     rows = [value for line in read_lines(run / "metrics.jsonl")
             for value in (line["loss"], line["grad_norm"], line["tokens"])]
-    return result, rows, done.stdout
+    return result, rows, told
+
+
+def launched(chosen, run):
+    config = Config({name.replace("__", "."): value for name, value in chosen.items()})
+    argv = launcher.command(config, run, sys.executable, port=launcher.free_port())
+    return subprocess.run(argv, text=True, capture_output=True, timeout=PATIENCE_S, cwd="/",
+                          env=os.environ | {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"})
 
 
 @pytest.fixture(scope="module")
 def by_one(with_dataset, tmp_path_factory):
-    return trained(with_dataset, tmp_path_factory.mktemp("one"))
+    return trained(with_dataset, tmp_path_factory.mktemp("one"), forks=False)
 
 
 def test_two_devices_at_stage_0_make_one_devices_updates(with_dataset, by_one, tmp_path):
-    result, rows, _ = trained(with_dataset, tmp_path, device__count=2, training__accumulation=2)
+    result, rows, _ = trained(with_dataset, tmp_path, forks=False, device__count=2, training__accumulation=2)
     assert rows == pytest.approx(by_one[1], rel=1e-4)
     assert result.quality["after"].loss == pytest.approx(by_one[0].quality["after"].loss, rel=1e-4)
     assert result.quality["before"] == by_one[0].quality["before"]

@@ -1,14 +1,13 @@
 """The training subprocess through the streamed step: the plain curve, kills, resumes, refusals; its exit."""
 
-import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from checkpoints import make_tiny_checkpoint
 from run_maker import configure, dataset_at
@@ -40,13 +39,15 @@ def run_at(with_dataset, path, **settings):
     return configure(path, **settings)
 
 
-def start(run, **options):
-    return subprocess.Popen([sys.executable, str(TRAINER), "--run-dir", str(run)], text=True, cwd="/",
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+def start(run):
+    return forked.trainer(run, run.parent / "trainer.log")
 
 
 def train(run, **options):
-    process = start(run, **options)
+    """Forked, or with options in a process with imports of its own."""
+    process = start(run) if not options else subprocess.Popen(
+        [sys.executable, str(TRAINER), "--run-dir", str(run)], text=True, cwd="/", stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **options)
     output, _ = process.communicate(timeout=PATIENCE_S)
     return process.returncode, output
 
@@ -115,14 +116,8 @@ def test_another_chunk_size_may_continue_a_run(streamed, with_dataset, tmp_path)
 def test_two_ranks_under_zero_3_make_the_same_updates_and_evaluations(streamed, with_dataset, tmp_path):
     settings = STREAMED | {"deepspeed__stage": 3, "device__count": 2, "training__accumulation": 1}
     run = run_at(with_dataset, tmp_path / "run", **settings)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    deepspeed = Path(sys.executable).parent / "deepspeed"
-    command = [str(deepspeed), "--num_gpus", "2", "--master_port", port, str(TRAINER), "--run-dir", str(run)]
-    done = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, cwd="/", text=True,
-                          capture_output=True, timeout=PATIENCE_S)
-    assert outcome(run).state == "done", done.stdout[-3000:]
+    forked.server().run(TRAINER, tmp_path / "ranks.log", {"arguments": ["--run-dir", str(run)]}, ranks=2)
+    assert outcome(run).state == "done"
     assert losses(run) == pytest.approx(losses(streamed[0]), rel=1e-3)
     for name in ("before", "after"):
         one, other = outcome(run).quality[name], outcome(streamed[0]).quality[name]

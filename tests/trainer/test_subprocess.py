@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from run_maker import configure, dataset_at
 
@@ -31,7 +33,7 @@ def with_dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(with_dataset, tmp_path_factory):
     run = run_at(with_dataset, tmp_path_factory.mktemp("finished") / "run")
-    done = train(run)
+    done = ended(start(run))
     assert done.returncode == 0, done.stdout
     return run, done.stdout
 
@@ -47,9 +49,17 @@ def python(code):
                           text=True, check=True)
 
 
-def start(run, **env):
+def start(run):
+    """The trainer in a process of its own, with the imports it makes."""
     return subprocess.Popen([sys.executable, str(TRAINER), "--run-dir", str(run)], text=True, cwd="/",
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | env)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def fork(run):
+    """The same with the imports made before."""
+    handle, log = tempfile.mkstemp(dir=run.parent, suffix=".log")
+    os.close(handle)
+    return forked.trainer(run, log)
 
 
 def ended(process):
@@ -58,7 +68,7 @@ def ended(process):
 
 
 def train(run):
-    return ended(start(run))
+    return ended(fork(run))
 
 
 def outcome(run):
@@ -158,7 +168,7 @@ def test_a_run_killed_before_its_result_goes_straight_to_the_last_phases(finishe
     ("SIGINT", 130, "Stopped by the user at step"), ("SIGTERM", 75, "Stopped by SIGTERM at step")])
 def test_a_stop_saves_and_a_resume_ends_the_same(with_dataset, finished, tmp_path, how, code, error):
     run = run_at(with_dataset, tmp_path / "run", training__save_steps=0)
-    process = start(run)
+    process = fork(run)
     wait_for(process, lambda: len(steps_made(run)) >= 2)
     if isinstance(how, str):
         (run / "stop").write_text(how)
@@ -184,7 +194,7 @@ def test_kills_and_resumes_end_in_the_uninterrupted_weights(with_dataset, finish
     """Each start is warmed up, and the run they are compared with was not."""
     run = run_at(with_dataset, tmp_path / "run", training__save_steps=1, device__warmup_steps=1)
     for made in (3, 7):
-        process = start(run)
+        process = fork(run)
         wait_for(process, lambda made=made: len(steps_made(run)) >= made)
         process.kill()
         process.communicate()
@@ -200,7 +210,7 @@ def test_kills_and_resumes_end_in_the_uninterrupted_weights(with_dataset, finish
 @pytest.mark.parametrize("where", ["import", "load", "evaluate_before", "export"])
 def test_a_stop_is_honoured_within_ten_seconds_in_other_phases(with_dataset, tmp_path, where):
     run = run_at(with_dataset, tmp_path / "run", evaluation__completions=0)
-    process = start(run)
+    process = start(run) if where == "import" else fork(run)
     wait_for(process, lambda: phase(run) == where)
     process.send_signal(signal.SIGTERM)
     begin = time.monotonic()
@@ -214,7 +224,7 @@ def test_a_stop_is_honoured_within_ten_seconds_in_other_phases(with_dataset, tmp
 @real
 def test_a_second_trainer_is_kept_out_and_the_first_is_not_disturbed(with_dataset, tmp_path):
     run = run_at(with_dataset, tmp_path / "run")
-    first = start(run)
+    first = fork(run)
     wait_for(first, lambda: phase(run) != "")
     second = train(run)
     assert second.returncode == 73
@@ -253,11 +263,11 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(finished, tmp_path):
 
 
 def test_missing_input_ends_in_one_line(tmp_path):
-    nothing = train(tmp_path / "nowhere")
+    nothing = ended(start(tmp_path / "nowhere"))
     assert (nothing.returncode, nothing.stdout.count("\n")) == (66, 1)
     empty = tmp_path / "empty"
     empty.mkdir()
-    found = train(empty)
+    found = ended(start(empty))
     assert (found.returncode, outcome(empty).state) == (66, "failed")
     assert "Traceback" not in found.stdout
 

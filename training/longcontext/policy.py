@@ -13,6 +13,9 @@ PLACES = ("device", "pinned", "pageable", "disk")
 PAGE_PLACES = ("device", "pinned", "pageable")
 ENCODINGS = ("exact", "int8", "int4")
 QUANTIZATION_GROUP = 64
+LEAST = {"chunk_tokens": 1, "page_tokens": 0, "loss_tokens": 1, "mlp_tokens": 0, "keep_every": 1}
+ALLOWED = {"inputs": PLACES, "encoding": ENCODINGS, "pages": PAGE_PLACES, "keys": ("recompute", "keep"),
+           "attention": ("recompute", "keep"), "weights": ("resident", "streamed")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +59,16 @@ class StreamPolicy:
             raise StreamError(" ".join(problems))
 
     def _sizes(self) -> list[str]:
-        least = {"chunk_tokens": 1, "page_tokens": 0, "loss_tokens": 1, "mlp_tokens": 0, "keep_every": 1}
         wrong = []
-        for name, lowest in least.items():
+        for name, lowest in LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 wrong.append(f"{name} is {value!r}; it must be a whole number of at least {lowest}.")
         return wrong
 
     def _words(self) -> list[str]:
-        allowed = {"inputs": PLACES, "encoding": ENCODINGS, "pages": PAGE_PLACES,
-                   "keys": ("recompute", "keep"), "attention": ("recompute", "keep"),
-                   "weights": ("resident", "streamed")}
         found = [f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(words)}."
-                 for name, words in allowed.items() if getattr(self, name) not in words]
+                 for name, words in ALLOWED.items() if getattr(self, name) not in words]
         return found if isinstance(self.overlap, bool) else [
             *found, f"overlap is {self.overlap!r}; it must be true or false."]
 
