@@ -13,7 +13,7 @@ def matrix(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
 def test_singular_values_come_near_one_and_the_directions_stay(shape):
     source = matrix(*shape)
-    found = orthogonalized(source)
+    found = orthogonalized(source[None])[0]
     left, _, right = torch.linalg.svd(source, full_matrices=False)
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.6
@@ -59,3 +59,19 @@ def test_a_matrix_keeps_one_moment_and_the_rest_two():
 def test_only_matrices_are_orthogonalized():
     with pytest.raises(ValueError, match=r"only matrices are orthogonalized, not shape \(3,\)"):
         Muon([{"params": [torch.nn.Parameter(torch.zeros(3))], "orthogonal": True}], lr=0.1)
+
+
+def test_matrices_of_one_shape_move_together_as_each_does_alone():
+    shapes = [(12, 8), (8, 12), (12, 8), (12, 8), (8, 8)]
+    together, alone = ([torch.nn.Parameter(matrix(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
+                       for _ in range(2))
+    ours = Muon([{"params": together, "orthogonal": True}], lr=0.02)
+    each = [Muon([{"params": [parameter], "orthogonal": True}], lr=0.02) for parameter in alone]
+    for step in range(3):
+        for index, (one, other) in enumerate(zip(together, alone, strict=True)):
+            one.grad = other.grad = matrix(*one.shape, seed=100 * step + index)
+        ours.step()
+        for optimizer in each:
+            optimizer.step()
+    for one, other in zip(together, alone, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)

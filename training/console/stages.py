@@ -205,13 +205,14 @@ def doctor(console: Console, lines: Sequence[tuple[str, str, str, str]]) -> None
 def ledger(console: Console, entries: Sequence[Any]) -> None:
     """What each optimization did here: the mean change of its on-runs against its off-runs. Figures that do
     not count are quiet, by the interval that the record holds."""
-    table = rows("Optimization", "Verdict", "Memory", "Tokens/s", "Loss", "At equal time", right=(2, 3, 4, 5),
+    table = rows("Optimization", "Verdict", "Memory", "Tokens/s", "Loss", "Timed", right=(2, 3, 4, 5),
                  wide=1)
     for entry in entries:
         style = {"helped": "good", "hurt": "bad", "failed": "bad"}.get(entry.verdict, "quiet")
         table.add_row(plain(entry.id), plain(entry.verdict, style), *(
             _ledger_cell(entry.changes.get(name)) for name in LEDGER_FIGURES))
     show(console, table)
+    note(console, "Loss: held out, at equal tokens; timed: at equal time.", "quiet")
     for entry in entries:
         if entry.why:
             note(console, f"{entry.id}: {entry.why}", "warn" if entry.verdict == "failed" else "quiet")

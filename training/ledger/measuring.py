@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import EliteError
+from training.errors import EliteError, Interrupted, StoppedByUser
 from training.ledger.arms import Runs
 from training.ledger.catalogue import Optimization
 from training.ledger.judging import ABSENT, FAILED, Arm
@@ -76,6 +76,8 @@ class Ledger:
             try:
                 off.append(self._off(pair, told))
                 on.append(self._run(pair, "on", told))
+            except (StoppedByUser, Interrupted):
+                raise
             except EliteError as error:
                 failed.add(pair.item.id)
                 yield entry(pair.item, self.profile, FAILED, str(error))

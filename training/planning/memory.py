@@ -36,6 +36,7 @@ GLIBC_HEAP_BYTES = 32 * MIB
 TRAINER_HOST_BYTES = 3 * GIB          # resident set of a CUDA process with torch, pinned buffers included
 COMMAND_HOST_BYTES = 150 * MIB        # the command that watches it
 BUCKET_ELEMENTS = 50_000_000          # reduce_bucket_size and allgather_bucket_size in ds_config.json
+MUON_TOGETHER = 1 << 20          # numbers of matrices orthogonalized together (trainer.muon.TOGETHER)
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256, "muon": 8.0}
 
 
@@ -104,13 +105,17 @@ def _outside_buckets(shape: ModelShape, values: Mapping[str, Any]) -> float:
 
 
 def _update_bytes(shape: ModelShape, values: Mapping[str, Any]) -> float:
-    """Muon's update of the largest matrix (a, b), s its shorter side: Nesterov's direction in fp32, two
-    iterates and two Gram matrices (training/trainer/muon.py), in fp32 on a CPU and bf16 on a GPU."""
+    """Muon's update of the matrices (a, b) that are orthogonalized together, s their shorter side, where it
+    is largest: Nesterov's directions in fp32, two iterates and two Gram matrices
+    (training/trainer/muon.py), in fp32 on a CPU and bf16 on a GPU."""
     if not _orthogonal(shape, values):
         return 0.0
     size = 4.0 if values["device.kind"] == "cpu" else 2.0
-    sides = [(x.inputs, x.outputs) for x in shape.linears]
-    return max(4.0 * a * b + 2 * size * (a * b + min(a, b) ** 2) for a, b in sides)
+    counts: dict[tuple[int, int], int] = {}
+    for x in shape.linears:
+        counts[x.inputs, x.outputs] = counts.get((x.inputs, x.outputs), 0) + x.count
+    each = {(a, b): 4.0 * a * b + 2 * size * (a * b + min(a, b) ** 2) for a, b in counts}
+    return max(each[a, b] * min(count, max(1, MUON_TOGETHER // (a * b))) for (a, b), count in counts.items())
 
 
 def _gradients_at(moment: str, shape: ModelShape, values: Mapping[str, Any]) -> float:

@@ -8,7 +8,7 @@ device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,19 +22,32 @@ ITERATIONS = 5
 # (Liu et al. 2025, arXiv:2502.16982, section 2.2).
 ADAM_RMS = 0.2
 TINY = 1e-7
+# Matrices of one shape are orthogonalized together, up to so many numbers: 42 of a model of width 128 took
+# 146 ms one by one on 2 cores and 38 ms so, of width 256 567 ms and 312 ms (2026-11).
+TOGETHER = 1 << 20
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """U V^T of (A, B) = U S V^T, approximately, by Newton-Schulz; bfloat16 on a GPU, float32 on a CPU."""
-    work = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    tall = work.shape[0] > work.shape[1]
-    work = work.T if tall else work
-    work = work / work.norm().clamp(min=TINY)
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """U V^T of each (N, A, B) = U S V^T, approximately, by Newton-Schulz; bfloat16 on a GPU, float32 on a
+    CPU."""
+    work = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    tall = work.shape[1] > work.shape[2]
+    work = work.mT if tall else work
+    work = work / work.flatten(1).norm(dim=1).clamp(min=TINY)[:, None, None]
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
-        gram = work @ work.T
-        work = torch.addmm(work, torch.addmm(gram, gram, gram, beta=b, alpha=c), work, beta=a)
-    return (work.T if tall else work).to(matrix.dtype)
+        gram = torch.bmm(work, work.mT)
+        work = torch.baddbmm(work, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), work, beta=a)
+    return (work.mT if tall else work).to(matrices.dtype)
+
+
+def together(a: int, b: int, count: int) -> int:
+    """How many of `count` matrices (a, b) are orthogonalized at once.
+
+    >>> together(256, 256, 24), together(2048, 8192, 24)
+    (16, 1)
+    """
+    return min(count, max(1, TOGETHER // (a * b)))
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,21 +71,42 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = _orthogonal if group["orthogonal"] else _adam
-                    update(parameter, self.state[parameter], group)
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moved:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if not group["orthogonal"]:
+                    _adam(parameter, self.state[parameter], group)
+            for alike in _batches(moved if group["orthogonal"] else []):
+                self._orthogonal(alike, group)
+
+    def _orthogonal(self, alike: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """One update of matrices of one shape."""
+        directions = [self._direction(parameter, group["momentum"]) for parameter in alike]
+        stacked = torch.stack(directions)
+        del directions
+        found = orthogonalized(stacked)
+        size = ADAM_RMS * math.sqrt(max(alike[0].shape))
+        for parameter, direction in zip(alike, found, strict=True):
+            parameter.add_(direction, alpha=-group["lr"] * size)
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov's, after the gradient was added to the momentum."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return torch.lerp(gradient, state["momentum"], momentum)
 
 
-def _orthogonal(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    if not state:
-        state["momentum"] = torch.zeros_like(parameter)
-    gradient: Any = parameter.grad
-    state["momentum"].lerp_(gradient, 1 - group["momentum"])
-    direction = orthogonalized(torch.lerp(gradient, state["momentum"], group["momentum"]))  # Nesterov's
-    size = ADAM_RMS * math.sqrt(max(parameter.shape))
-    parameter.add_(direction, alpha=-group["lr"] * size)
+def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape, type and device, as many at once as `together` says, in order."""
+    alike: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
+    for found in alike.values():
+        size = together(found[0].shape[0], found[0].shape[1], len(found))
+        yield from (found[start:start + size] for start in range(0, len(found), size))
 
 
 def _adam(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
