@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ELITE_LEDGER", "")     # a ledger of this very machine must not decide what tests plan
+os.environ.setdefault("ELITE_PROFILE", "")    # nor an earlier profile of it
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 

@@ -142,25 +142,25 @@ def test_a_link_a_pipe_a_folder_and_an_overlong_file_are_not_read(bench, tmp_pat
     good = tmp_path / "good.json"
     path.rename(good)
     path.symlink_to(good)
-    assert cache.read(bench.run) is None
+    assert cache.read(RunDirectory(bench.run).hardware) is None
     path.unlink()
     os.mkfifo(path)
-    assert cache.read(bench.run) is None
+    assert cache.read(RunDirectory(bench.run).hardware) is None
     path.unlink()
     path.mkdir()
-    assert cache.read(bench.run) is None
+    assert cache.read(RunDirectory(bench.run).hardware) is None
     path.rmdir()
     path.write_text(good.read_text() + " " * cache.MAX_FILE_BYTES)
-    assert cache.read(bench.run) is None
+    assert cache.read(RunDirectory(bench.run).hardware) is None
     path.write_text(good.read_text())
-    assert cache.read(bench.run) is not None
+    assert cache.read(RunDirectory(bench.run).hardware) is not None
 
 
 def test_another_users_file_is_not_read(bench, monkeypatch):
     bench.profile()
     me = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
-    assert cache.read(bench.run) is None
+    assert cache.read(RunDirectory(bench.run).hardware) is None
 
 
 def test_no_run_directory_has_no_earlier_profile(tmp_path):
@@ -221,3 +221,46 @@ def test_another_set_of_gpus_or_driver_is_measured_again(two_gpus, text):
     two_gpus.reply = Reply(code=0, text=text)
     two_gpus.profile()
     assert two_gpus.probes == 2
+
+
+@pytest.fixture
+def shared(monkeypatch, tmp_path):
+    """Where the last profile is kept for other runs."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache" / "hardware.json"))
+    return tmp_path / "cache" / "hardware.json"
+
+
+def test_another_run_on_the_same_machine_measures_nothing(bench, shared, tmp_path):
+    first = bench.profile()
+    assert (bench.probes, shared.exists(), oct(shared.stat().st_mode & 0o777)) == (1, True, "0o600")
+    bench.run = tmp_path / "other"
+    assert bench.profile().rates_date == first.date
+    assert bench.probes == 1
+    bench.run = tmp_path / "third"
+    assert bench.profile(fresh=True).rates_date == ""
+    assert bench.probes == 2
+
+
+def test_the_shared_profile_must_be_of_this_machine_and_own(bench, shared, tmp_path):
+    bench.profile()
+    data = json.loads(shared.read_text())
+    for changes in ({"cpu_name": "another"}, {"date": days_ago(8)}, {"disk_path": "/proc"}):
+        shared.write_text(json.dumps(data | changes))
+        bench.run = tmp_path / str(bench.probes)
+        before = bench.probes
+        bench.profile()
+        assert bench.probes == before + 1
+    shared.unlink()
+    shared.symlink_to(tmp_path / "run" / "hardware.json")
+    bench.run = tmp_path / "linked"
+    assert bench.profile().rates_date == ""
+
+
+def test_a_cache_that_cannot_be_written_and_an_empty_variable_keep_nothing(bench, monkeypatch):
+    monkeypatch.setenv(cache.VARIABLE, "/proc/elite/hardware.json")
+    assert bench.profile().rates_date == ""
+    monkeypatch.setenv(cache.VARIABLE, "")
+    assert cache.shared_path() is None
+    monkeypatch.delenv(cache.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(cache.shared_path()) == "/somewhere/elite/hardware.json"

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import typer
 from checkpoints import make_tiny_checkpoint
+from measured import PROFILE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = Path(typer.__file__).parent
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+ENVIRONMENT = {**os.environ, **PROFILE, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
 pytestmark = pytest.mark.real
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import typer
+from measured import PROFILE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = [sys.executable, str(ROOT / "elite_train.py"), "--auto", "--repo", str(Path(typer.__file__).parent),
            "--base-model", "embedded", "--context", "256", "--output", "runs/new",
            "--set", "evaluation.completions=0", "--set", "evaluation.context_targets=0"]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+ENVIRONMENT = {**os.environ, **PROFILE, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
 pytestmark = pytest.mark.real
 
 

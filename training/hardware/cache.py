@@ -1,11 +1,12 @@
-"""A profile measured earlier in the same run directory, reused: its rates are kept, what is free is read.
+"""A profile measured earlier, for this run or another, reused: its rates are kept, what is free is read.
 
-hardware.json may be torn, or come with a run directory from elsewhere. It counts only when it is a whole,
-own, recent measurement of this very machine with the same driver and packages; else all is measured again.
+The file may be torn, or come with a run directory from elsewhere. It counts only when it is a whole, own,
+recent measurement of this very machine with the same driver and packages; else all is measured again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -15,9 +16,11 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from training.errors import EliteError
 from training.records import Figure, Gpu, HardwareProfile, from_data
-from training.rundir import RunDirectory
+from training.rundir import write_record
 
+VARIABLE = "ELITE_PROFILE"
 MAX_DAYS = 7
 MAX_FILE_BYTES = 1 << 20
 # Of RAM and device memory, between two readings of the same machine (a kernel update, a moved reserve).
@@ -32,12 +35,31 @@ UNTRIED = ("deepspeed", "compiler", "cuda")
 SIZES = ("allocatable_bytes", "allocatable_piece_bytes", "unreleased_bytes")
 
 
-def read(output: Path | None) -> HardwareProfile | None:
-    """The profile in a run directory, None when there is none that can be trusted to be whole and own."""
-    if output is None:
+def shared_path() -> Path | None:
+    """Where the last profile of this machine is kept for other runs: `ELITE_PROFILE`, else the user's cache;
+    None when that variable is empty."""
+    named = os.environ.get(VARIABLE)
+    if named is not None:
+        return Path(named) if named else None
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "elite" / "hardware.json"
+
+
+def remember(profile: HardwareProfile) -> None:
+    """Keep a whole measurement for other runs; where that cannot be written nothing is kept."""
+    path = shared_path()
+    if path is None or not is_sound(profile):
+        return
+    with contextlib.suppress(EliteError):
+        write_record(path, profile)
+
+
+def read(path: Path | None) -> HardwareProfile | None:
+    """The profile in a file, None when there is none that can be trusted to be whole and own."""
+    if path is None:
         return None
     try:
-        text = _own_text(RunDirectory(output).hardware)
+        text = _own_text(path)
         profile = from_data(HardwareProfile, json.loads(text)) if text else None
     except (OSError, ValueError, RecursionError):
         return None

@@ -18,6 +18,7 @@ from training.errors import EliteError
 from training.hardware import cache, host, limits, nvidia, speed, support
 from training.hardware.presets import from_preset as from_preset
 from training.records import Figure, Gpu, HardwareProfile, from_data
+from training.rundir import RunDirectory
 
 Progress = Callable[[str, int, int, str], None]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,10 +40,10 @@ class HardwareProfiler:
                 fresh: bool = False) -> HardwareProfile:
         """What the machine can do. Quick: without torch, under two seconds. Full: about 15 seconds on a CPU.
 
-        A full profile of the same machine in the run directory, at most a week old, is reused unless `fresh`:
-        its rates are kept (`rates_date`), what is free is read anew. Raises EliteError when the full
-        profile's subprocess fails. A single figure that cannot be measured stands there without a value and
-        with the reason.
+        A full profile of the same machine, in the run directory or of the last run, at most a week old, is
+        reused unless `fresh`: its rates are kept (`rates_date`), what is free is read anew. Raises EliteError
+        when the full profile's subprocess fails. A single figure that cannot be measured stands there without
+        a value and with the reason.
         """
         tell = progress or silent
         tell("profile", 0, 0, "host and driver")
@@ -59,17 +60,22 @@ class HardwareProfiler:
         answer = run_probe(machine, tell)
         tell("profile", 1, 1, "")
         figures |= {name: from_data(Figure, figure) for name, figure in answer["figures"].items()}
-        return assemble(machine, driver, tuple(from_data(Gpu, gpu) for gpu in answer["gpus"]), figures,
-                        answer["trials"], answer.get("versions", {}))
+        measured = assemble(machine, driver, tuple(from_data(Gpu, gpu) for gpu in answer["gpus"]), figures,
+                            answer["trials"], answer.get("versions", {}))
+        cache.remember(measured)
+        return measured
 
     def _kept(self, machine: host.Host, driver: nvidia.Driver,
               gpus: tuple[Gpu, ...]) -> HardwareProfile | None:
-        old = cache.read(self.output)
+        own = RunDirectory(self.output).hardware if self.output is not None else None
         now_ = datetime.datetime.now(datetime.timezone.utc)
-        if old is None or not cache.is_recent(cache.measured_at(old), now_):
-            return None
-        new = assemble(machine, driver, gpus, {}, {})
-        return cache.reused(old, new) if cache.same_machine(old, new) else None
+        for path in (own, cache.shared_path()):
+            old = cache.read(path)
+            if old is not None and cache.is_recent(cache.measured_at(old), now_):
+                new = assemble(machine, driver, gpus, {}, {})
+                if cache.same_machine(old, new):
+                    return cache.reused(old, new)
+        return None
 
 
 def disk_test(quick: bool, free_bytes: int) -> dict[str, Any]:
