@@ -33,6 +33,7 @@ EXPORTS = {"HardwareProfiler": "training.hardware.profiler",
            "TrainingManager": "training.manager.manager"}
 __all__ = [*EXPORTS, "app"]
 SAMPLES = 3                      # windows that `dataset` shows
+ALLOW = "Resume although this changed since the checkpoint; repeatable."
 
 
 def __getattr__(name: str) -> Any:
@@ -56,22 +57,24 @@ def main(ctx: typer.Context, choices: Choices,
          auto: Annotated[bool, flag("--auto", "Ask nothing; take every default.")] = False,
          resume: Annotated[bool, flag("--resume", "Continue the run in --output.")] = False,
          fresh: Annotated[bool, flag("--fresh", "Move an old run aside and start anew.")] = False,
+         allow_change: Annotated[Words, value(ALLOW, "KEY")] = None,
          dry_run: Annotated[bool, flag("--dry-run", "Stop after the plan; write nothing.")] = False,
          json: Json = False,
          no_setup: Annotated[bool, flag("--no-setup", "Never install anything.")] = False) -> None:
     """A source repository in, a code model tuned on it out. Without a subcommand: the whole chain."""
     if ctx.invoked_subcommand is not None:
         return refuse_early(ctx)
-    from training.command import interview, request
+    from training.command import continuing, interview, request
     from training.console.view import View
     session, view = ctx.obj, View(json)
     path = request.run_to_resume(choices, fresh) if resume else None
+    allowed = continuing.allowed(allow_change, resume)
     if path is None and not auto:
         interview.need_terminal()
         path = interview.unfinished(view.console) if choices == Choices() else None
         choices = choices if path else interview.fill(view.console, choices, fresh)
     if path is not None:
-        return go_on(session, view, path)
+        return go_on(session, view, path, allowed)
     chain(session, view, choices, fresh=fresh, dry_run=dry_run, ask=not auto)
 
 
@@ -119,19 +122,21 @@ def chain(session: Session, view: Any, choices: Choices, *, fresh: bool, dry_run
     train(view, made.output)
 
 
-def train(view: Any, path: Path) -> None:
-    """Stage 5, and what came out."""
+def train(view: Any, path: Path, allowed: tuple[str, ...] = ()) -> None:
+    """Stage 5, and what came out. `allowed`: what may have changed since the checkpoint."""
+    from training.command import checks
     from training.console import stages
     from training.manager.facts import summary
     from training.manager.manager import TrainingManager
     from training.planning import convergence
     with view.stage("Training") as progress:
-        result = TrainingManager(path, forecast=convergence.at_end).train(progress)
+        manager = TrainingManager(path, forecast=convergence.at_end, allowed=allowed, checks=checks.ALL)
+        result = manager.train(progress)
     view.show(stages.result, summary(path))
     view.document(result)
 
 
-def go_on(session: Session, view: Any, path: Path) -> None:
+def go_on(session: Session, view: Any, path: Path, allowed: tuple[str, ...] = ()) -> None:
     """Continue a run: stages whose files are there are not repeated."""
     from training.command import continuing
     from training.configuration import ConfigurationManager
@@ -144,7 +149,7 @@ def go_on(session: Session, view: Any, path: Path) -> None:
         with view.stage("Dataset") as progress:
             manifest = DatasetGenerator(config, path, continuing.base_of(config, progress)).generate(progress)
         view.show(stages.dataset, manifest)
-    train(view, path)
+    train(view, path, allowed)
 
 
 @app.command()
@@ -156,7 +161,7 @@ def profile(quick: Annotated[bool, flag("--quick", "Two seconds, without torch."
     from training.hardware.profiler import HardwareProfiler
     view = View(json)
     with view.stage("Hardware") as progress:
-        measured = HardwareProfiler().profile(quick=quick, progress=progress)
+        measured = HardwareProfiler().profile(quick=quick, progress=progress, fresh=True)
     view.show(stages.hardware, measured, True)
     view.document(measured)
 
@@ -237,11 +242,12 @@ def dataset(choices: Choices,
 def resume(ctx: typer.Context,
            run: Annotated[str, typer.Argument(help="A run's folder, or its name in runs/; the latest "
                                                    "unfinished one if not given.", metavar="[RUN]")] = "",
-           json: Json = False) -> None:
+           allow_change: Annotated[Words, value(ALLOW, "KEY")] = None, json: Json = False) -> None:
     """Continue an interrupted run."""
     from training.command import continuing
     from training.console.view import View
-    go_on(ctx.obj, View(json), continuing.meant(run))
+    allowed = continuing.allowed(allow_change, True)
+    go_on(ctx.obj, View(json), continuing.meant(run), allowed)
 
 
 @app.command()
@@ -295,7 +301,7 @@ def ledger(only: Annotated[Words, value("One optimization; repeatable.", "ID")] 
     from training.ledger import Ledger, catalogue, save
     view, items, here = View(json), catalogue(only), str(Path(__file__).resolve().parent)
     with view.stage("Hardware") as progress:
-        machine = HardwareProfiler().profile(progress=progress)
+        machine = HardwareProfiler().profile(progress=progress, fresh=True)
     entries = []
     with view.stage("Measuring") as progress, tempfile.TemporaryDirectory(prefix="elite-ledger-") as work:
         for entry in Ledger(here, machine, Path(work)).measure(items, progress):

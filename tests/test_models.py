@@ -151,6 +151,14 @@ def broken(kind, path):
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "1.safetensors",
                                                                                       "b": "2.safetensors"}}))
         safetensors(path / "1.safetensors")
+    elif kind == "pickle":
+        (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    elif kind == "adapter":
+        (path / "adapter_config.json").write_text("{}")
+    elif kind == "outside":
+        (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../1.safetensors"}}')
+    elif kind == "deep":
+        (path / "config.json").write_text("[" * 100_000)
 
 
 @pytest.mark.parametrize(("kind", "message"), [
@@ -161,6 +169,12 @@ def broken(kind, path):
                 "shards)"),
     ("header", "model.safetensors has no valid header"),
     ("shard", "2.safetensors of 2 weight files is missing"),
+    ("pickle", "the weights are a pickle, which can run code when it is read; convert them to "
+               "model.safetensors"),
+    ("adapter", "it holds an adapter of its own (adapter_config.json), which Transformers would load with "
+                "it; remove it"),
+    ("outside", "model.safetensors.index.json names '../1.safetensors', which is no file of this folder"),
+    ("deep", "config.json is not valid JSON"),
 ])
 def test_a_folder_that_is_not_whole_says_what_is_missing(tmp_path, kind, message):
     path = folder(tmp_path / "mine")

@@ -79,6 +79,11 @@ def test_values_that_cannot_be_honoured_are_refused(values, words):
     ("[" * 5000, "nested too deep|not valid YAML"),
     (b"\xff\xfe\x00", "not UTF-8"),
     ("1: 2\n", "is not text"),
+    ("a: 0b_\n", "a value is not what it says it is"),
+    ("a: " + "1" * 5_000 + "\n", "a value is not what it says it is"),
+    ("a: !!bool x\n", "a value is not what it says it is"),
+    ("a: [" + "1," * 6_000 + "]\n", "holds over 5,000 keys and values"),
+    ("a: " + "x" * 9_000 + "\n", "line 1 holds a text of 9,000 characters; the most is 8,192"),
 ])
 def test_a_file_that_is_no_configuration_gets_one_line(tmp_path, text, words):
     with pytest.raises(UsageError, match=words) as caught:
@@ -100,6 +105,7 @@ def test_sections_and_dotted_names_mean_the_same(tmp_path):
 @pytest.mark.parametrize(("text", "value"), [
     ("training.epochs=2", 2), ("training.learning_rate=3e-5", 3e-5), ("model.revision=12", "12"),
     ("lora.enabled=true", True), ("lora.targets=[q_proj]", ["q_proj"]), ("training.epochs=two", "two"),
+    ("training.epochs=0b_", "0b_"), ("training.epochs=2001-13-01", "2001-13-01"),
 ])
 def test_set_reads_typed_values(text, value):
     assert parse_assignment(text)[1] == value

@@ -36,7 +36,7 @@ ARROWS = {
     "console": {"records", "rundir", "errors"},
     "hardware": BASICS,
     "dataset": BASICS | {"curve", "expectations"},
-    "manager": BASICS,
+    "manager": BASICS | {"configuration"},
     "doctor": BASICS | {"hardware"},
     "planning": BASICS | {"curve", "expectations", "families", "models", "shapes", "weights", "longcontext"},
     "longcontext": set(),
@@ -46,9 +46,12 @@ ARROWS = {
     "stream_tables": set(),
     "planner_tables": set(),
     "peer_tables": set(),
+    "reliability_tables": set(),
     "documentation": BASICS | {"configuration", "hardware", "ledger", "models", "planning", "ledger_tables",
-                               "planner_tables", "peer_tables", "stream_tables"},
-    "command": BASICS | {"models", "configuration", "console", "dataset", "hardware", "manager", "planning"},
+                               "planner_tables", "peer_tables", "reliability_tables",
+                               "stream_tables"},
+    "command": BASICS | {"models", "configuration", "console", "dataset", "hardware", "manager", "planning",
+                         "weights"},
     "model_trainer_unified": BASICS | {"trainer", "configuration", "dataset", "models", "manager"},
 }
 # Of the dataset room the trainer reads the finished store only.

@@ -10,7 +10,7 @@ from typing import Any
 
 from training.records import HardwareProfile, Plan
 from training.rundir import RunDirectory, write_record, write_text
-from training.settings import KEYS, SECTIONS, Config, read_yaml
+from training.settings import KEYS, SECTIONS, Config, read_yaml, without_password
 
 
 class ConfigurationManager:
@@ -31,7 +31,7 @@ class ConfigurationManager:
         reasons = {name: choice.why for name, choice in plan.choices.items()}
         write_text(self.run.config, to_yaml(config, reasons))
         write_text(self.run.deepspeed, json.dumps(deepspeed_config(config), indent=2) + "\n")
-        write_text(self.run.command, shlex.join(argv) + "\n")
+        write_text(self.run.command, without_password(shlex.join(argv)) + "\n")
         return config
 
     def load(self) -> Config:

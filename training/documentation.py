@@ -9,7 +9,15 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from training import configuration, ledger_tables, models, peer_tables, planner_tables, stream_tables
+from training import (
+    configuration,
+    ledger_tables,
+    models,
+    peer_tables,
+    planner_tables,
+    reliability_tables,
+    stream_tables,
+)
 from training.hardware.profiler import from_preset
 from training.planning import outlook, policies, presets, tables
 from training.planning.calculator import OptimalConfigCalculator
@@ -164,6 +172,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration.reference, "models.md": models_page,
                                        "tiers.md": tiers_page, "optimizations.md": optimizations_page,
                                        "planning.md": planner_tables.page,
+                                       "reliability.md": reliability_tables.page,
                                        "research.md": ledger_tables.research_page}
 
 

@@ -13,10 +13,12 @@ import time
 START = time.monotonic()
 
 import argparse  # noqa: E402
+import faulthandler  # noqa: E402
 import functools  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
@@ -50,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
                         help="which process of this machine (set by DeepSpeed's launcher)")
     parser.add_argument("--trial", action="store_true",
                         help="take the steps of DIR/trial-order.json on random tokens and train nothing")
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                        help="go on although this changed since the checkpoint")
     options = parser.parse_args(arguments)
     prepare_path()
     prepare_environment()
@@ -59,11 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     # A trial's folder is its command's to remove; without a command nobody else will.
     remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
     watch_parent(at_end=remove if options.trial else None)
+    faulthandler.register(signal.SIGUSR1)  # the command asks for stacks when there is no sign of life
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s",
                         datefmt="%H:%M:%S")
     from training.trainer.session import run_session
 
-    code = run_session(folder, options.local_rank, START, trial=options.trial)
+    code = run_session(folder, options.local_rank, START, trial=options.trial,
+                       allowed=tuple(options.allow_change))
     if options.trial and parent_is_gone():
         remove()
     return code

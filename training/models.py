@@ -102,14 +102,14 @@ def resolve(name: str) -> BaseModel:
     known = registry().get(wanted.lower()) or by_hub.get(wanted.lower())
     if known is not None:
         return known
-    folder = Path(wanted).expanduser()
-    if wanted and folder.is_dir():
+    folder = Path(os.path.expanduser(wanted))
+    if wanted and os.path.isdir(folder):
         return _from_folder(folder)
-    if wanted.startswith((".", "~", "/")) or wanted.count("/") > 1 or folder.is_file():
+    if wanted.startswith((".", "~", "/")) or wanted.count("/") > 1 or os.path.isfile(folder):
         raise MissingInput(f"Base model {name}: there is no such folder. It must hold config.json, a "
                            "tokenizer and "
                            "safetensors.")
-    if "/" in wanted:
+    if "/" in wanted and weights.is_plain(wanted):
         return _from_hub(wanted)
     raise MissingInput(f"Unknown base model {name!r}.{nearest(wanted.lower(), tuple(registry()))} "
                        "docs/models.md "

@@ -21,7 +21,7 @@ which the default arm had the plain arm's last held-out loss (`python3 benchmark
 PEERS = """## Beside other trainers
 
 A Qwen2 of 5.5 M parameters, LoRA of rank 8 on all linear layers, fp32, one window an update, {cores} CPU
-cores, {date}; {versions}. Medians of {rounds} runs of {steps} steps at most, in turn. Hugging Face's trainers
+cores, {date}; {versions}. {rounds} of {steps} steps at most, in turn. Hugging Face's trainers
 recompute activations; so does the second row of ELITE, whose first row is what its planner chose. Memory is
 the process's peak with its imports (`python3 benchmarks/trainers.py`).{absent}
 
@@ -33,6 +33,10 @@ NOT_YET = "## {}\n\nNot measured; `python3 benchmarks/{}.py` measures.\n"
 def section() -> str:
     """Both parts, from the newest results."""
     return f"{_recipe(_newest('recipe'))}\n{_trainers(_newest('trainers'))}"
+
+
+def _runs(count: int) -> str:
+    return "One run" if count == 1 else f"Medians of {count} runs"
 
 
 def _newest(name: str) -> dict[str, Any] | None:
@@ -68,7 +72,7 @@ def _trainers(record: dict[str, Any] | None) -> str:
     absent = f" Left out, not installed: {', '.join(record['left_out'])}." if record["left_out"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return PEERS.format(cores=record["cores"], date=record["date"], versions=versions, steps=record["steps"],
-                        rounds=record["rounds"], absent=absent, table=_table(head, rows))
+                        rounds=_runs(record["rounds"]), absent=absent, table=_table(head, rows))
 
 
 def _step(settings: dict[str, Any]) -> str:

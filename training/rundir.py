@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from training.errors import CannotWrite, DataError, MissingInput
 from training.records import dumps, from_data
 
 Record = TypeVar("Record")
+# A file on its way to its name, as `write_text` and the journal make it; a killed process leaves it behind.
+# Not the stop file's: the command may be writing that while the trainer starts.
+ASIDE = re.compile(r"\.(heartbeat|[\w-]+\.(jsonl?|yaml|html|txt))-\w+")
 TRIAL_ORDER, TRIAL = "trial-order.json", "trial.json"    # of a trial's own folder
 
 
@@ -73,6 +77,26 @@ class RunDirectory:
         return self.path / "stop"
 
     @property
+    def base_digests(self) -> Path:
+        """Digests of the base model's files, by name, size and times."""
+        return self.path / "base-digests.json"
+
+    @property
+    def changes(self) -> Path:
+        """One JSON line for each change that a resume was allowed."""
+        return self.path / "changes.jsonl"
+
+    @property
+    def failure(self) -> Path:
+        """How the last attempt's trainer failed, in its own words; for the command."""
+        return self.path / "failure.json"
+
+    @property
+    def recovery(self) -> Path:
+        """One JSON line for each restart and what was changed for it."""
+        return self.path / "recovery.jsonl"
+
+    @property
     def log(self) -> Path:
         """What the subprocess printed."""
         return self.path / "train.log"
@@ -115,7 +139,7 @@ def write_text(path: Path, text: str) -> None:
     Raises CannotWrite with the system's reason.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a run holds its repository's text
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     except OSError as error:
         raise CannotWrite(f"Cannot write {path}: {error.strerror}.") from error

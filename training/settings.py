@@ -21,7 +21,8 @@ from training.keys import KEYS as KEYS
 from training.keys import SECTIONS as SECTIONS
 from training.keys import Key as Key
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 18
+MAX_DEPTH, MAX_NODES, MAX_CHARACTERS = 16, 5_000, 8_192     # of a YAML text; characters of one value
 LEAST_STAGE_TOKENS = 64          # the shortest windows of a curriculum
 # Shares of the targets that lie in windows where every token is one.
 DENSE = ("dataset.fim_share", "dataset.whole_share", "dataset.commit_share")
@@ -185,6 +186,15 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
 )
 
 
+def without_password(text: str) -> str:
+    """A text whose URLs have no user and password, for messages, manifests and reports.
+
+    >>> without_password("https://me:token@example.org/a.git")
+    'https://example.org/a.git'
+    """
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def most_targets(values: Mapping[str, Any]) -> int:
     """The most tokens of one window that are trained on: all of a window of a dense kind, if any is made. A
     share that is left out counts as 0.
@@ -214,18 +224,35 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if key is not None and key.kind is str:
         return name.strip(), raw
     try:
-        return name.strip(), yaml.load(raw, Loader=_Loader)
+        return name.strip(), _plain_data(raw)
     except yaml.YAMLError:
         return name.strip(), raw
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only; a key given twice is an error, and so are aliases (they can grow without bound)."""
+    """Plain data only; a key given twice is an error, and so are aliases (they can grow without bound).
+
+    Depth, nodes and texts are bounded as they are read: PyYAML takes a second for 20,000 nodes, and as long
+    for `1:1:1 ...` of 100,000 characters, which YAML 1.1 reads as a number of base 60.
+    """
+
+    depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not supported")
-        return super().compose_node(parent, index)
+        self.nodes += 1
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError("it is nested too deep; a configuration has two levels")
+        if self.nodes > MAX_NODES:
+            raise yaml.YAMLError(f"it holds over {MAX_NODES:,} keys and values")
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > MAX_CHARACTERS:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1} holds a text of {len(node.value):,} "
+                                 f"characters; the most is {MAX_CHARACTERS:,}")
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         mapping: dict[Any, Any] = {}
@@ -265,12 +292,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, path: Path) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _plain_data(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path} is not valid YAML: {reason}.") from error
-    except RecursionError as error:
-        raise UsageError(f"{path} is nested too deep; a configuration has two levels.") from error
+
+
+def _plain_data(text: str) -> Any:
+    """What a YAML text holds. Raises YAMLError, also where PyYAML's constructors raise something else: for
+    `0b_`, `2001-13-01`, 5,000 digits (ValueError), `!!bool x` (KeyError), `!!timestamp x` (AttributeError).
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value is not what it says it is ({str(error)[:100]})") from error
 
 
 def flatten(data: Any, path: Path) -> dict[str, Any]:

@@ -6,8 +6,10 @@ huggingface_hub.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import struct
 import urllib.error
 import urllib.request
@@ -16,6 +18,10 @@ from typing import Any
 
 HUB_TIMEOUT_S = 5.0
 MAX_HEADER_BYTES = 100_000_000          # the safetensors format's own limit
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+MAX_NAME = 200                          # characters of a hub id or revision
+_PART = re.compile(r"[A-Za-z0-9_][\w.+-]*", re.ASCII)
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
@@ -29,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The folder's config.json, or None when it is missing or no JSON object."""
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 
@@ -45,25 +51,31 @@ def folder_problems(folder: Path) -> list[str]:
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         found.append("the tokenizer is missing (tokenizer.json, tokenizer.model, or vocab.json and "
                      "merges.txt)")
+    if (folder / "adapter_config.json").exists():
+        found.append("it holds an adapter of its own (adapter_config.json), which Transformers would load "
+                     "with it; remove it")
     return found + _weight_problems(folder)
 
 
 def _weight_problems(folder: Path) -> list[str]:
-    for index, single in (("model.safetensors.index.json", "model.safetensors"),
-                          ("pytorch_model.bin.index.json", "pytorch_model.bin")):
-        if (folder / index).is_file():
-            return _shard_problems(folder, index)
-        if (folder / single).is_file():
-            problem = file_problem(folder / single)
-            return [problem] if problem else []
-    return ["the weights are missing (model.safetensors or model.safetensors.index.json with its shards)"]
+    if (folder / INDEX).is_file():
+        return _shard_problems(folder)
+    if (folder / SINGLE).is_file():
+        problem = file_problem(folder / SINGLE)
+        return [problem] if problem else []
+    if any((folder / name).is_file() for name in PICKLES):
+        return [f"the weights are a pickle, which can run code when it is read; convert them to {SINGLE}"]
+    return [f"the weights are missing ({SINGLE} or {INDEX} with its shards)"]
 
 
-def _shard_problems(folder: Path, index: str) -> list[str]:
+def _shard_problems(folder: Path) -> list[str]:
     try:
-        shards = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [f"{index} is not a valid index"]
+        shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in shards if os.path.basename(name) != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [f"{INDEX} is not a valid index"]
+    if outside:
+        return [f"{INDEX} names {outside[0]!r}, which is no file of this folder"]
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -79,7 +91,7 @@ def file_problem(path: Path) -> str:
     """
     size_bytes = path.stat().st_size
     if path.suffix != ".safetensors":
-        return "" if size_bytes else f"{path.name} is empty"
+        return f"{path.name} is no safetensors file"
     try:
         with path.open("rb") as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
@@ -87,9 +99,10 @@ def file_problem(path: Path) -> str:
                 return f"{path.name} has no valid header"
             header = json.loads(file.read(header_bytes))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, struct.error, KeyError, TypeError, IndexError, AttributeError):
+        expected_bytes = 8 + header_bytes + max(ends, default=0)
+    except (OSError, ValueError, struct.error, KeyError, TypeError, IndexError, AttributeError,
+            RecursionError):
         return f"{path.name} has no valid header"
-    expected_bytes = 8 + header_bytes + max(ends, default=0)
     if size_bytes != expected_bytes:
         return f"{path.name} has {size_bytes:,} bytes where its header says {expected_bytes:,}"
     return ""
@@ -109,6 +122,8 @@ def cache_root() -> Path:
 def cached_folder(hub_id: str, revision: str = "") -> Path | None:
     """The cached snapshot of a hub repository, or None. Its files may be incomplete: see
     `folder_problems`."""
+    if not is_plain(hub_id) or not is_plain(revision):
+        return None
     repository = cache_root() / f"models--{hub_id.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")
     try:
@@ -117,6 +132,15 @@ def cached_folder(hub_id: str, revision: str = "") -> Path | None:
         commit = revision
     snapshot = repository / "snapshots" / commit
     return snapshot if commit and snapshot.is_dir() else None
+
+
+def is_plain(name: str) -> bool:
+    """Whether a hub id or revision can be part of a path or URL without leading elsewhere.
+
+    >>> is_plain("org/name"), is_plain("refs/pr/2"), is_plain("a/../../b"), is_plain("/etc"), is_plain("-x/y")
+    (True, True, False, False, False)
+    """
+    return not name or (len(name) <= MAX_NAME and all(map(_PART.fullmatch, name.split("/"))))
 
 
 def hub_url(hub_id: str, revision: str = "") -> str:
@@ -133,7 +157,7 @@ def hub_problem(hub_id: str, revision: str = "") -> str:
         if error.code in (401, 403):
             return f"the hub answers {error.code}: check the name, accept its licence, set HF_TOKEN"
         return f"the hub answers {error.code} for {hub_id}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         return f"the hub does not answer ({reason})"
     return ""
@@ -143,7 +167,7 @@ def hub_config(hub_id: str) -> dict[str, Any] | None:
     """A hub repository's config.json fetched over the network, or None."""
     try:
         data = json.loads(_ask(hub_id, "", "GET"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError, http.client.HTTPException):
         return None
     return data if isinstance(data, dict) else None
 
@@ -163,7 +187,7 @@ def added_tokens(folder: Path) -> set[str]:
     for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
         try:
             entries = json.loads((folder / name).read_text(encoding="utf-8")).get(key) or []
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         for entry in entries.values() if isinstance(entries, dict) else entries:
             if isinstance(entry, dict) and isinstance(entry.get("content"), str):

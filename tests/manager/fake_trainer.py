@@ -1,5 +1,6 @@
 """Stands in for training/model_trainer_unified.py: same arguments and files, no model; FAKE: how it acts."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -44,6 +45,13 @@ def step(number: int) -> None:
     beat("train", number)
 
 
+def rewind(first: int) -> None:
+    rows = (RUN / "metrics.jsonl").read_text().splitlines() if (RUN / "metrics.jsonl").exists() else []
+    kept = [row for row in rows if json.loads(row)["step"] < first]
+    if RANK == 0 and len(kept) < len(rows):
+        (RUN / "metrics.jsonl").write_text("".join(row + "\n" for row in kept))
+
+
 def checkpoint(number: int) -> None:
     folder = RUN / f"checkpoint-{number}"
     folder.mkdir(exist_ok=True)
@@ -62,6 +70,9 @@ def stop_if_asked(number: int) -> None:
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)
+    with (RUN / "starts").open("a") as file:
+        file.write("x")
     if ACT != "unwatched":
         watch_parent(grace_s=1.0)
     if ACT == "stubborn":
@@ -75,9 +86,11 @@ def main() -> None:
                                   "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"])
         (RUN / "orphan.pid").write_text(str(child.pid))
     first = max([int(path.name.split("-")[1]) for path in RUN.glob("checkpoint-*")], default=0) + 1
+    rewind(first)
     for number in range(first, STEPS + 1):
         if RANK == 0:
             step(number)
+        act_at(number + 1)
         if f"fail_at_{number}" == ACT:
             fail()
         time.sleep(float(os.environ.get("FAKE_STEP_S", "0.02")))
@@ -85,8 +98,33 @@ def main() -> None:
     end()
 
 
+def confess(kind: str, error: str, step: int) -> None:
+    told = {"kind": kind, "phase": "train", "rank": RANK, "step": step, "peak_bytes": 3 << 30, "error": error}
+    (RUN / "failure.json").write_text(json.dumps(told))
+
+
+def act_at(number: int) -> None:
+    """What needs the configuration or another state of this process."""
+    text = (RUN / "config.yaml").read_text()
+    if ACT == "oom" and number == 4 and "micro_batch: 1\n" not in text:
+        confess("out_of_memory", "OutOfMemoryError: CUDA out of memory.", number - 1)
+        sys.exit(71)
+    if ACT == "always_oom" and number == 4:
+        confess("out_of_memory", "OutOfMemoryError: CUDA out of memory.", number - 1)
+        sys.exit(71)
+    if ACT == "hang" and number == 4 and not (RUN / "hung").exists():
+        (RUN / "hung").write_text("once")
+        time.sleep(600)
+    if ACT == "killed_once" and number == 4 and not (RUN / "killed").exists():
+        (RUN / "killed").write_text("once")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def fail() -> None:
     kind = os.environ["FAKE_FAIL"]
+    if kind == "fault":
+        confess("fault", "RuntimeError: it broke", 2)
+        sys.exit(70)
     if kind.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[kind])
         time.sleep(5)

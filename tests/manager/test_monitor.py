@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,31 +100,72 @@ def test_phases_come_from_the_heartbeat_and_steps_from_the_newest_line(tmp_path)
     assert watch.poll().done == 2, "a torn heartbeat leaves the last one"
 
 
-def test_silence_is_told_after_its_limit_and_forgotten_with_the_next_sign(tmp_path):
-    run, clock = RunDirectory(tmp_path), Clock()
-    watch = Monitor(run, clock)
+def pass_by(watch, clock, seconds):
+    """Looked at every five seconds; what is told at the end."""
+    for _ in range(int(seconds // 5)):
+        clock.now_s += 5
+        detail = watch.poll().detail
+    return detail
+
+
+def learned(run, watch, step_s, steps=6):
+    """Rows of steps that took so long, and a heartbeat in between."""
+    slow = json.loads(ROWS.splitlines()[0]) | {"tokens": 4096, "tokens_per_s": 4096 / step_s}
+    run.metrics.write_text("".join(json.dumps(slow | {"step": step}) + "\n" for step in range(steps)))
     beat(run)
     watch.poll()
-    clock.now_s += 599
-    assert "no sign of life" not in watch.poll().detail
-    clock.now_s += 2
-    assert watch.poll().detail == f"no sign of life for 10:01; see {run.log}"
-    beat(run, time=2.0)
-    assert "no sign of life" not in watch.poll().detail
 
 
-def test_building_an_op_and_long_steps_may_be_silent_for_longer(tmp_path):
+def test_silence_is_told_at_half_its_limit_and_forgotten_with_the_next_sign(tmp_path):
     run, clock = RunDirectory(tmp_path), Clock()
     watch = Monitor(run, clock)
+    beat(run, phase="import")
+    watch.poll()
+    assert "no sign of life" not in pass_by(watch, clock, 295)
+    assert pass_by(watch, clock, 10) == "no sign of life for 5:05; started again at 10:00"
+    beat(run, phase="import", time=2.0)
+    assert "no sign of life" not in watch.poll().detail
+    assert not watch.hung
+
+
+@pytest.mark.parametrize(("step_s", "limit_s"), [(0.5, 60), (6, 60), (30, 300), (300, 3000)])
+def test_while_it_trains_the_limit_is_learned_from_the_steps(tmp_path, step_s, limit_s):
+    """Ten times the median step, and a minute at least: steps of ten times the usual time are no hang."""
+    run, clock = RunDirectory(tmp_path), Clock()
+    watch = Monitor(run, clock)
+    learned(run, watch, step_s)
+    pass_by(watch, clock, limit_s)
+    assert not watch.hung
+    pass_by(watch, clock, 5)
+    assert watch.hung
+
+
+def test_before_that_it_goes_by_the_phase_and_the_planned_step(tmp_path):
+    run, clock = RunDirectory(tmp_path), Clock()
+    watch = Monitor(run, clock, planned_step_s=200.0)
+    assert watch.limit_s == 4000
+    beat(run, phase="train")
+    watch.poll()
+    assert watch.limit_s == 4000
+    assert Monitor(run, clock).limit_s == 600
     beat(run, phase="compile_ops", detail="cpu_adam")
-    watch.poll()
-    clock.now_s += 1000
-    assert watch.poll().detail == "cpu_adam"
-    slow = json.loads(ROWS.splitlines()[0]) | {"tokens_per_s": 4096 / 300}
-    run.metrics.write_text(json.dumps(slow) + "\n")
-    beat(run)
-    watch.poll()
-    clock.now_s += 2900
+    other = Monitor(run, clock)
+    assert other.poll().detail == "cpu_adam"
+    assert other.limit_s == 1800
+
+
+def test_time_in_which_the_command_itself_was_stopped_does_not_count(tmp_path):
+    """As when a laptop sleeps: the trainer was stopped with it."""
+    run, clock = RunDirectory(tmp_path), Clock()
+    watch = Monitor(run, clock)
+    learned(run, watch, 1.0)
+    pass_by(watch, clock, 55)
+    clock.now_s += 86_400
     assert "no sign of life" not in watch.poll().detail
-    clock.now_s += 200
-    assert "no sign of life" in watch.poll().detail
+    pass_by(watch, clock, 60)
+    assert not watch.hung
+    watch.awake()
+    pass_by(watch, clock, 60)
+    assert not watch.hung
+    pass_by(watch, clock, 5)
+    assert watch.hung

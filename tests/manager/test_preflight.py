@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +175,43 @@ def test_a_clock_that_was_never_set_is_told(tmp_path):
     assert "the clock says 1970-01-01" in preflight.clock_warnings(run, 0.0)[0]
     assert "plan.json is 2 h newer" in preflight.clock_warnings(run, run.plan.stat().st_mtime - 7200)[0]
     assert preflight.clock_warnings(run) == ()
+
+
+def test_ranks_that_cannot_talk_or_share_memory_are_told_before_they_start(monkeypatch):
+    config = {"device.count": 2, "device.kind": "cuda"}
+    assert preflight.port_problems({"device.count": 1, "device.kind": "cuda"}) == []
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 20, 0, 1 << 20))
+
+    class NoLoopback(socket.socket):
+        def bind(self, address):
+            raise OSError(99, "Cannot assign requested address")
+    monkeypatch.setattr(socket, "socket", NoLoopback)
+    loopback, shared = preflight.port_problems(config)
+    assert "No port of 127.0.0.1 can be opened (Cannot assign requested address)" in str(loopback)
+    assert "/dev/shm has 1 MiB and NCCL may need 66" in str(shared)
+
+
+def test_more_than_can_be_pinned_is_refused(tmp_path):
+    memory = Memory(device_bytes=1, host_bytes=9 * GIB, disk_bytes=1, terms={})
+    run = make_run(tmp_path / "run", memory=memory)
+    run.hardware.write_text(json.dumps({"figures": {"host.pinned_limit": {"value": 4 * GIB}}}))
+    pinned = {"stream.inputs": "pinned", "stream.pages": "device"}
+    (problem,) = preflight.pinned_problems(run, pinned)
+    assert "9.0 GiB of host memory and 4.0 GiB can be pinned here" in str(problem)
+    assert preflight.pinned_problems(run, {**pinned, "stream.inputs": "pageable"}) == []
+    run.hardware.write_text("{}")
+    assert preflight.pinned_problems(run, pinned) == []
+
+
+def test_too_few_processes_are_told_or_the_soft_limit_raised(monkeypatch):
+    limits, infinity = {"now": (10, 40)}, resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: limits.update(now=wanted))
+    (problem,) = preflight.process_problems({"device.count": 1})
+    assert "may have 40 processes and threads and training needs up to 128" in str(problem)
+    limits["now"] = (10, 4000)
+    assert preflight.process_problems({"device.count": 2}) == []
+    assert limits["now"] == (256, 4000)
+    limits["now"] = (infinity, infinity)
+    assert preflight.process_problems({"device.count": 8}) == []

@@ -1,5 +1,6 @@
 """TrainingManager on a stand-in trainer: real processes, real signals."""
 
+import itertools
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ from training.errors import EliteError
 from training.manager.manager import TrainingManager
 run, fake = sys.argv[1:3]
 try:
-    TrainingManager(run, script=Path(fake)).train(lambda *seen: print(*seen, flush=True))
+    TrainingManager(run, script=Path(fake), pauses_s=(0.0,)).train(lambda *seen: print(*seen, flush=True))
 except EliteError as error:
     print(type(error).__name__, error, flush=True)
     sys.exit(error.exit_code)
@@ -57,7 +58,8 @@ def train(run, act="done", **extra):
     os.environ.update(env)
     try:
         seen = []
-        return TrainingManager(run.path, script=FAKE).train(lambda *update: seen.append(update)), seen
+        return TrainingManager(run.path, script=FAKE, pauses_s=(0.0,)).train(
+            lambda *update: seen.append(update)), seen
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -171,7 +173,7 @@ def test_each_way_to_fail_has_its_class_and_is_kept(tmp_path, kind, error, says)
 
 def test_a_kill_by_the_kernel_for_memory_is_named(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
-    counts = iter((4, 5))
+    counts = itertools.count()
     monkeypatch.setattr(group, "oom_kills", lambda: next(counts))
     with pytest.raises(DoesNotFit, match=r"memory \(RAM\) ran out"):
         train(run, "fail_at_3", FAKE_FAIL="SIGKILL")

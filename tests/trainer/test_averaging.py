@@ -17,7 +17,7 @@ from trainer_fakes import TinyModel, config_of, same, tiny_loss, training_of, we
 from training.configuration import load_config
 from training.records import Result
 from training.rundir import RunDirectory, read_record
-from training.trainer import averaging, checkpoints, pacing, phases
+from training.trainer import averaging, checkpoints, identities, pacing, phases
 from training.trainer.engine import Captured
 from training.trainer.export import weights_digest
 from training.trainer.journal import read_lines
@@ -323,7 +323,7 @@ def test_an_average_that_never_began_leaves_the_last_weights(tmp_path):
     """Where no update was applied since it was due."""
     training = averaged(tmp_path, config_of(**EMA))
     training.progress.step = 9
-    row = {"step": 9, "loss": 1.0, "bits_per_byte": 2.0, "identity": checkpoints.digest_of(training.identity)}
+    row = {"step": 9, "loss": 1.0, "bits_per_byte": 2.0, "identity": identities.digest_of(training.identity)}
     training.journal.evaluation(row)
     session = Session(run=training.run, local_rank=0, start=0.0, config=training.config, training=training)
     assert phases._evaluate_end(session, None) == row

@@ -11,7 +11,7 @@ import torch
 from trainer_fakes import FakeStore, TinyModel, config_of, same, training_of, weights_of
 
 from training.errors import CannotWrite, DataError, Problems, UsageError
-from training.trainer import checkpoints
+from training.trainer import checkpoints, identities
 from training.trainer.engine import Captured
 
 FILES = ("weights.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json")
@@ -37,7 +37,7 @@ def evaluated(path, losses, **settings):
     """A run of 9 steps whose evaluations find these held-out losses, by step; which checkpoints are there
     after each step."""
     training, there = training_of(path, config_of(**{"training__eval_steps": 1, **settings})), []
-    digest, after_step = checkpoints.digest_of(training.identity), training._after_step
+    digest, after_step = identities.digest_of(training.identity), training._after_step
 
     def evaluate(step):
         if step in losses:
@@ -91,7 +91,7 @@ def test_evaluations_of_others_choose_no_checkpoint():
 
 def test_an_averages_evaluation_chooses_no_checkpoint(tmp_path):
     training = training_of(tmp_path)
-    digest = checkpoints.digest_of(training.identity)
+    digest = identities.digest_of(training.identity)
     training.journal.evaluation({"step": 1, "loss": 2.0, "identity": digest})
     training.journal.evaluation({"step": 2, "loss": 1.0, "identity": digest, "weights": "averaged"})
     assert training._best() == 1
@@ -104,14 +104,20 @@ def test_the_checkpoint_to_go_back_to_stays_beside_the_newest(two):
     assert kept(two) == [9]
 
 
+def manifest_of(path, change):
+    """Let `change` edit the manifest, and seal it again."""
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    del manifest["sha256"]
+    change(manifest)
+    (path / "MANIFEST.json").write_text(checkpoints.sealed(manifest))
+
+
 def state_of(path, **changes):
     """Change state.json and the manifest with it."""
     state = json.loads((path / "state.json").read_text()) | changes
     (path / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    manifest["files"]["state.json"] = {"bytes": (path / "state.json").stat().st_size,
-                                       "sha256": checkpoints.sha256(path / "state.json")}
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    facts = {"bytes": (path / "state.json").stat().st_size, "sha256": identities.sha256(path / "state.json")}
+    manifest_of(path, lambda manifest: manifest["files"].update({"state.json": facts}))
 
 
 def test_to_go_back_to_is_the_anchor_else_the_newest_that_is_whole_and_not_amid_spikes(two):
@@ -141,7 +147,6 @@ def test_a_missing_file_makes_an_older_checkpoint_win_with_the_reason(two, name)
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_flipped_bit_is_found(two, name):
-    """A flip in the manifest may hit white space or something that is not read: then its files must agree."""
     target = two / "checkpoint-9" / name
     whole = target.read_bytes()
     source = random.Random(3)
@@ -149,9 +154,14 @@ def test_every_flipped_bit_is_found(two, name):
         damaged = bytearray(whole)
         damaged[source.randrange(len(whole))] ^= 1 << source.randrange(8)
         target.write_bytes(damaged)
-        if checkpoints.newest_valid(two)[0] != two / "checkpoint-8":
-            assert name == "MANIFEST.json"
-            assert json.loads(bytes(damaged))["files"] == json.loads(whole)["files"]
+        assert checkpoints.newest_valid(two)[0] == two / "checkpoint-8"
+
+
+def test_a_manifest_of_an_older_version_has_no_seal_and_is_taken(two):
+    manifest = json.loads((two / "checkpoint-9" / "MANIFEST.json").read_text())
+    del manifest["sha256"]
+    (two / "checkpoint-9" / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    assert checkpoints.newest_valid(two)[0] == two / "checkpoint-9"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -184,6 +194,15 @@ def test_leftovers_of_a_killed_process_are_removed(two):
     assert checkpoints.newest_valid(two)[0] == two / "checkpoint-9"
 
 
+def test_files_that_a_killed_process_did_not_rename_are_removed_and_no_others(two):
+    left = [".heartbeat-77", ".metrics.jsonl-77", ".base-digests.json-x_0a1b2c", ".result.json-ab12cd34"]
+    kept = [".lock", ".command.lock", ".stop-ab12cd34", ".gitignore", "metrics.jsonl", "my-notes.json"]
+    for name in (*left, *kept):
+        (two / name).touch()
+    assert checkpoints.remove_leftovers(two) == sorted(left)
+    assert all((two / name).exists() for name in kept)
+
+
 def test_no_checkpoint_at_all_is_none(tmp_path):
     assert checkpoints.newest_valid(tmp_path) == (None, [])
 
@@ -192,8 +211,8 @@ def test_a_changed_key_is_refused_by_name_and_all_at_once(two):
     with pytest.raises(Problems) as caught:
         training_of(two, config_of(training__learning_rate=0.5, run__seed=5))
     text = str(caught.value)
-    assert ("run.seed was 1234 in checkpoint-9 and is 5 now; set it back, or start a new run with "
-            "--fresh.") in text
+    assert ("run.seed was 1234 in checkpoint-9 and is 5 now; set it back, allow it with "
+            "--allow-change run.seed, or start a new run with --fresh.") in text
     assert "training.learning_rate was 0.01 in checkpoint-9 and is 0.5 now" in text
     assert caught.value.exit_code == UsageError.exit_code
 
@@ -224,10 +243,10 @@ def test_what_changes_the_training_is_refused(two, change):
 
 def without(path, *names):
     """The identity in a manifest as it was before these keys were made."""
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    for name in names:
-        del manifest["identity"]["config"][name]
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    def change(manifest):
+        for name in names:
+            del manifest["identity"]["config"][name]
+    manifest_of(path, change)
 
 
 def test_a_key_that_a_checkpoint_is_older_than_counts_as_its_default(two):
@@ -240,17 +259,16 @@ def test_a_key_that_a_checkpoint_is_older_than_counts_as_its_default(two):
 
 def test_devices_that_share_windows_count_once_in_the_windows_of_an_update():
     one, two = config_of(device__count=2), config_of(device__count=4, parallel__ring=2)
-    assert checkpoints.identity(one, "d") == checkpoints.identity(two, "d")
-    assert checkpoints.identity(one, "d")["config"]["windows per update"] == 2 * 2 * 2
+    assert identities.identity(one, "d") == identities.identity(two, "d")
+    assert identities.identity(one, "d")["config"]["windows per update"] == 2 * 2 * 2
     with pytest.raises(UsageError, match="windows per update was 8 in here and is 16 now"):
-        checkpoints.refuse_changes(checkpoints.identity(one, "d"),
-                                   checkpoints.identity(config_of(device__count=4), "d"), "here")
+        identities.refuse_changes(identities.identity(one, "d"),
+                                   identities.identity(config_of(device__count=4), "d"), "here")
 
 
 def test_a_key_that_became_harmless_since_is_not_compared(two):
-    manifest = json.loads((two / "checkpoint-9" / "MANIFEST.json").read_text())
-    manifest["identity"]["config"] |= {"training.compile": True, "parallel.ring": 2}
-    (two / "checkpoint-9" / "MANIFEST.json").write_text(json.dumps(manifest))
+    since = {"training.compile": True, "parallel.ring": 2}
+    manifest_of(two / "checkpoint-9", lambda manifest: manifest["identity"]["config"].update(since))
     assert training_of(two).progress.step == 9
 
 

@@ -11,7 +11,7 @@ import torch
 from trainer_fakes import FakeStore, TinyModel, config_of, same, tiny_loss, training_of, weights_of
 
 from training.errors import EliteError, StoppedByUser
-from training.trainer import checkpoints, guard
+from training.trainer import checkpoints, guard, identities
 from training.trainer.journal import read_lines
 
 HERE = Path(__file__).resolve().parent
@@ -224,7 +224,7 @@ def test_evaluations_and_checkpoints_after_the_one_gone_back_to_are_made_anew(tm
     made_at = []
 
     def evaluating(training):
-        digest = checkpoints.digest_of(training.identity)
+        digest = identities.digest_of(training.identity)
 
         def evaluate(step):
             made_at.append(step)
@@ -307,7 +307,7 @@ def test_a_kill_on_the_way_back_changes_nothing(tmp_path, wholes, call, monkeypa
 
     def spied(captured):
         put_back(captured)
-        monkeypatch.setattr(checkpoints, call, lambda *_: [][0])
+        monkeypatch.setattr(identities if call == "digest_of" else checkpoints, call, lambda *_: [][0])
     first.put_back = spied
     with pytest.raises(IndexError):
         first.train()

@@ -165,6 +165,17 @@ def test_a_missing_base_says_how_to_get_one(tmp_path, stores):
     assert "\n" not in str(caught.value)
 
 
+def test_memory_that_runs_out_while_loading_is_not_taken_for_a_torn_checkpoint(bases, stores, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(settings(bases["phi"]), stores["phi"], CPU)
+
+
 def test_a_torn_checkpoint_is_refused(tmp_path, stores):
     from safetensors.torch import load_file, save_file
 

@@ -284,6 +284,17 @@ def test_evaluations_of_another_configuration_are_dropped(tmp_path):
     assert journal.evaluation_at(0) is None
 
 
+def test_an_evaluation_that_the_disk_refuses_counts_and_is_written_with_the_next_line(tmp_path):
+    run = RunDirectory(tmp_path)
+    journal = Journal(run)
+    run.evaluations.mkdir()
+    journal.evaluation({"step": 1, "loss": float("nan")})
+    assert journal.evaluation_at(1) == {"step": 1, "loss": None}
+    run.evaluations.rmdir()
+    journal.metrics({"step": 2})
+    assert read_lines(run.evaluations) == journal.evaluations() == [{"step": 1, "loss": None}]
+
+
 def test_the_heartbeat_is_whole_json_and_a_phase_change_shows_at_once(tmp_path):
     heartbeat = Heartbeat(RunDirectory(tmp_path))
     for phase in ("import", "load", "train"):

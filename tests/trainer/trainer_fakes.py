@@ -10,7 +10,7 @@ from torch import nn
 
 from training.rundir import RunDirectory
 from training.settings import Config
-from training.trainer import checkpoints
+from training.trainer import checkpoints, identities
 from training.trainer.engine import PlainEngine
 from training.trainer.journal import Heartbeat, Journal
 from training.trainer.loop import Progress, Training
@@ -83,21 +83,21 @@ def training_of(path: Path, config=None, store=None, model=None, engine=None, lo
     run, config, store = RunDirectory(path), config or config_of(), store or FakeStore()
     model = model or TinyModel()
     trainable = dict(model.named_parameters())
-    identity = checkpoints.identity(config, store.digest)
+    identity = identities.identity(config, store.digest)
     checkpoint, _ = checkpoints.newest_valid(path)
     progress = Progress()
     captured = None
     if checkpoint:
-        checkpoints.refuse_changes(checkpoints.read_identity(checkpoint), identity, checkpoint.name)
+        identities.refuse_changes(checkpoints.read_identity(checkpoint), identity, checkpoint.name)
         captured, state = checkpoints.load(checkpoint)
-        progress = Progress(**state)
+        progress = Progress.of(state, checkpoint.name)
         if engine is None:  # who brings an engine has loaded the weights before making it
             checkpoints.put_weights(captured.weights, trainable)
     engine = engine or PlainEngine(model, trainable, config, torch.device("cpu"))
     if captured:
         engine.restore(captured)
     journal = Journal(run)
-    journal.rewind(progress.step, checkpoints.digest_of(identity))
+    journal.rewind(progress.step, identities.digest_of(identity))
     return Training(run=run, config=config, store=store, engine=engine, loss_function=loss,
                     heartbeat=Heartbeat(run),
                     journal=journal, watch=Watch(run.stop), identity=identity, session_start=time.monotonic(),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from training import models
 from training.command import places
 from training.dataset.store import WindowStore
-from training.errors import DataError, MissingInput
+from training.errors import DataError, EliteError, MissingInput, UsageError, raise_all
 from training.manager.runs import find_run, latest_resumable, list_runs
 from training.records import BaseModel
 from training.rundir import RunDirectory
-from training.settings import Config
+from training.settings import BY_NAME, Config, nearest
+
+# What a resume compares beside the configuration (trainer.identities).
+COMPARED = ("data", "base", "windows per update")
 
 
 def meant(text: str) -> Path:
@@ -25,6 +28,20 @@ def meant(text: str) -> Path:
     known = ", ".join(f"{info.name} ({info.state})" for info in list_runs(places.RUNS)[:5])
     raise MissingInput(f"No unfinished run in {places.RUNS.absolute()}; "
                        + (f"there are: {known}." if known else "there are none."))
+
+
+def allowed(keys: Sequence[str] | None, resume: bool) -> tuple[str, ...]:
+    """What `--allow-change` names. Raises UsageError for names of nothing that a resume compares."""
+    problems: list[EliteError] = []
+    for key in keys or ():
+        if key not in BY_NAME and key not in COMPARED and not key.startswith("versions."):
+            problems.append(UsageError(f"--allow-change {key} names nothing that a resume compares: it is a "
+                                       f"configuration key, {', '.join(COMPARED)}, or versions.PACKAGE."
+                                       f"{nearest(key, tuple(BY_NAME))}"))
+    if keys and not resume:
+        problems.append(UsageError("--allow-change does nothing without --resume."))
+    raise_all(problems)
+    return tuple(keys or ())
 
 
 def dataset_is_whole(path: Path) -> bool:

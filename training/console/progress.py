@@ -20,7 +20,7 @@ WORDS = {"profile": "measuring", "list": "listing files", "read": "reading",
          "compile_ops": "compiling DeepSpeed's op", "evaluate_before": "evaluating the untrained weights",
          "evaluate_after": "evaluating after", "train": "training", "save": "saving",
          "export": "writing the model", "download": "downloading", "preflight": "checking",
-         "start": "starting"}
+         "start": "starting", "restart": "starting again"}
 
 
 # Counts in the details of these phases get a rate beside them: `1,204 files, 18.3 MB`.

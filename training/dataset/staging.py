@@ -26,7 +26,7 @@ def aside_of(target: Path, text_bytes: int) -> Iterator[Path]:
     aside: Path | None = None
     new_parent = not target.parent.exists()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(target)
         needed = BYTES_ON_DISK_A_TEXT_BYTE * text_bytes + MIN_FREE_BYTES
         free = shutil.disk_usage(target.parent).free

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from training.dataset import infill
-from training.dataset.documents import Segment
+from training.dataset.documents import TRAINED, Segment
 from training.errors import DataError, MissingInput
 from training.rundir import read_data
 
@@ -39,6 +39,7 @@ SPLITS = ("train", "held_out", "curve")
 KINDS = ("cross-file", "fim", "whole", "commit", "replay")
 CURVE_KINDS = ("composed", "random", "foreign")
 NO_LOSS = -100
+TOKEN_TYPES = ("<u2", "<u4")     # of tokens.bin, as numpy writes them (writing.token_dtype)
 SEGMENT_COLUMNS, DOCUMENT_COLUMNS = 4, 4
 
 
@@ -82,6 +83,8 @@ class WindowStore:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise DataError(f"{folder / 'manifest.json'} is no dataset manifest of format {FORMAT}; "
                             "make it anew.")
+        if manifest["store"].get("dtype") not in TOKEN_TYPES:  # another one could be read as pointers
+            raise DataError(f"{folder / 'manifest.json'} names a type of tokens that is none; make it anew.")
         for name, size_bytes in manifest["store"]["files"].items():
             try:
                 found = (folder / name).stat().st_size
@@ -90,7 +93,10 @@ class WindowStore:
             if found != size_bytes:
                 raise DataError(f"{folder / name} has {found:,} bytes, the manifest says {size_bytes:,}; "
                                 "make the dataset anew.")
-        return cls(folder, manifest)
+        try:
+            return cls(folder, manifest)
+        except ValueError as error:  # numpy's, for a header that is none or would be unpickled
+            raise DataError(f"The dataset in {folder} cannot be read: {error}; make it anew.") from error
 
     def count(self, split: str) -> int:
         """Windows of a split (`train`, `held_out` or `curve`)."""
@@ -159,6 +165,15 @@ class WindowStore:
     def state(self, seed: int, epoch: int, position: int) -> dict[str, int | str]:
         """All that continues a run at a window of an epoch: four values."""
         return {"seed": seed, "epoch": epoch, "position": position, "index": self.digest}
+
+    def without_target(self, split: str) -> np.ndarray:
+        """Windows of a split that hold no token to train on, (N,)."""
+        bounds, rows = np.asarray(self._windows[split]), self._segments[split]
+        if len(bounds) < 2:
+            return np.empty(0, np.int64)
+        trained = np.where(rows[:, 2] & TRAINED, rows[:, 1], 0)
+        totals = np.concatenate([[0], np.cumsum(trained)])
+        return np.flatnonzero(totals[bounds[1:]] == totals[bounds[:-1]])
 
     def origin(self, place: int) -> Origin | None:
         """The file and byte a stored token stands for; None for headers, skeletons and marks."""

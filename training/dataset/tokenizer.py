@@ -142,7 +142,8 @@ def _convert(location: str, revision: str, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(location, revision=revision or None, local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(location, revision=revision or None, local_files_only=True,
+                                               trust_remote_code=False)
         loaded.save_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -28,6 +28,28 @@ def send(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
+def stopped(group: int) -> bool:
+    """Whether a member was stopped with SIGSTOP, or by a debugger."""
+    return any(_status(pid) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) for pid in members(group))
+
+
+def _status(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.Error:
+        return ""
+
+
+def dump_stacks(group: int, script: Path) -> None:
+    """Ask each process of a group that runs `script` itself for its threads' stacks (SIGUSR1). A launcher
+    would end at that signal."""
+    for pid in members(group):
+        with contextlib.suppress(OSError, psutil.Error):
+            words = psutil.Process(pid).cmdline()
+            if "deepspeed.launcher.launch" not in words and str(script) in words:
+                os.kill(pid, signal.SIGUSR1)
+
+
 def clear(group: int, grace_s: float = 2.0, look: Callable[[int], list[int]] = members) -> list[int]:
     """End what is left of a group: SIGTERM, then SIGKILL after `grace_s`. Returns who had to be ended."""
     left = look(group)

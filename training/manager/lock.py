@@ -36,7 +36,7 @@ class RunLock:
         Raises CannotWrite naming the process that holds it.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise CannotWrite(f"Cannot write {self.path}: {error.strerror}.") from error

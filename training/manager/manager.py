@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from training.errors import CannotWrite, EliteError
-from training.manager import launcher, outcome, preflight, report
+from training.manager import launcher, outcome, preflight, recovery, report
 from training.manager.forecast import Forecast
 from training.manager.lock import RunLock
 from training.manager.monitor import Update
+from training.manager.outcome import Ending
 from training.manager.supervision import GRACE_S, Progress, Stop, Supervisor, due_signal, silent, tell
 from training.records import Result
 from training.rundir import RunDirectory, write_record
 
 __all__ = ["Stop", "TrainingManager", "due_signal"]
+# A neighbour's memory, a driver or a disk may need some seconds to come back.
+PAUSES_S = (0.0, 5.0, 20.0)
 
 
 class TrainingManager:
     """Runs the trainer on one run directory. Everything it knows it reads from there."""
 
     def __init__(self, output: str | Path, *, script: Path = launcher.SCRIPT, grace_s: float = GRACE_S,
-                 checks: Sequence[preflight.Check] = (), forecast: Forecast | None = None):
-        """`script` is the trainer's file; `grace_s` how long an asked trainer may go on.
+                 checks: Sequence[preflight.Check] = (), forecast: Forecast | None = None,
+                 allowed: Sequence[str] = (), pauses_s: Sequence[float] = PAUSES_S):
+        """`script` is the trainer's file; `grace_s` how long an asked trainer may go on; `allowed` what may
+        have changed since the checkpoint; `pauses_s` before a restart that follows no progress.
 
         `checks` are added to the preflight and `forecast` expects a final loss from the curve so far: the
         command passes what needs other rooms.
         """
         self.run = RunDirectory(Path(output).resolve())
-        self.checks = tuple(checks)
-        self.supervisor = Supervisor(self.run, script=script, grace_s=grace_s, forecast=forecast)
+        self.checks, self.pauses_s = tuple(checks), tuple(pauses_s)
+        arguments = [word for key in allowed for word in ("--allow-change", key)]
+        self.supervisor = Supervisor(self.run, script=script, grace_s=grace_s, forecast=forecast,
+                                     arguments=arguments)
 
     def preflight(self) -> tuple[str, ...]:
         """Check all that training needs. Returns warnings; raises one EliteError or Problems."""
@@ -46,25 +55,40 @@ class TrainingManager:
         guard = RunLock(self.run.path)
         guard.take()
         try:
-            return self._attempt(progress, guard.handle)
+            for warning in self.preflight():
+                tell(progress, Update("preflight", 0, 0, warning))
+            return self._until_done(progress, guard.handle)
         finally:
             guard.release()
 
-    def _attempt(self, progress: Progress, lock_handle: int) -> Result:
-        for warning in self.preflight():
-            tell(progress, Update("preflight", 0, 0, warning))
+    def _until_done(self, progress: Progress, lock_handle: int) -> Result:
+        """Attempts, until one is done or the recovery has nothing left to try."""
+        recovering = recovery.Recovery(self.run)
+        while True:
+            result, ending, error = self._attempt(progress, lock_handle)
+            if error is None:
+                self._report(progress)
+                return result
+            failure = recovery.failure_of(self.run, ending, error)
+            if failure is not None:
+                if action := recovering.after(failure):
+                    tell(progress, Update("restart", 0, 0, action))
+                    time.sleep(self.pauses_s[min(recovering.failures, len(self.pauses_s)) - 1])
+                    continue
+                error = recovering.given_up(error)
+                result = dataclasses.replace(result, error=str(error), exit_code=error.exit_code)
+            _keep(self.run, result)
+            self._report(progress)
+            raise error
+
+    def _attempt(self, progress: Progress, lock_handle: int) -> tuple[Result, Ending, EliteError | None]:
         _forget(self.run)
         config = preflight.read_config(self.run)
         offset = _size(self.run.log)
         ending = self.supervisor.watch(config, progress, lock_handle)
         result, error = outcome.conclude(self.run, ending, offset)
         self.run.stop.unlink(missing_ok=True)
-        if error is not None:
-            _keep(self.run, result)
-        self._report(progress)
-        if error is not None:
-            raise error
-        return result
+        return result, ending, error
 
     def _report(self, progress: Progress) -> None:
         try:
@@ -76,7 +100,7 @@ class TrainingManager:
 
 def _forget(run: RunDirectory) -> None:
     """Remove what an earlier attempt left that this one would be mistaken for."""
-    for path in (run.stop, run.heartbeat, run.result):
+    for path in (run.stop, run.heartbeat, run.result, run.failure):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

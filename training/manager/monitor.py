@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -17,9 +18,18 @@ from training.rundir import RunDirectory
 
 # Steps that the shown speed and the time left are averaged over.
 SMOOTHED_STEPS = 10
-# Seconds without a sign of life until the user is told. DeepSpeed's op build took 64-95 s on 2 cores.
+# Steps whose median is learned from, and from how many on. The first two of a session warm up.
+REMEMBERED_STEPS, LEARNED_STEPS = 64, 5
+# A longer pause between two looks means that the command itself was stopped, as when a laptop sleeps.
+ASLEEP_S = 10.0
+# Seconds without a sign of life until a trainer counts as hung, by phase. DeepSpeed's op build took 64-95 s
+# on 2 cores; 14 GB of weights from a slow disk take five minutes; a held-out window as long as a step.
 QUIET_LIMIT_S = 600.0
-QUIET_LIMITS_S = {"compile_ops": 1800.0}
+QUIET_LIMITS_S = {"compile_ops": 1800.0, "load": 1800.0, "save": 1800.0, "export": 1800.0, "train": 1800.0}
+# While it trains the limit is learned: so many steps of this session's median, and at least so long.
+QUIET_STEPS, QUIET_LEAST_S = 10.0, 60.0
+# The user is told at this share of it.
+QUIET_TOLD = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +184,12 @@ class Monitor:
     """Follows one run; `poll` reads what is new and says where it is."""
 
     def __init__(self, run: RunDirectory, now: Callable[[], float] = time.monotonic,
-                 forecast: Forecast | None = None):
+                 forecast: Forecast | None = None, planned_step_s: float = 0.0):
+        """`planned_step_s`: seconds of an update by the plan, for the time until some were measured."""
         self.run = run
+        self.planned_step_s = planned_step_s
+        self._steps_s: deque[float] = deque(maxlen=REMEMBERED_STEPS)
+        self._polled = now()
         self.forecast = LossForecast(run.path, forecast, now)
         self.now = now
         self.rows: deque[dict[str, Any]] = deque(maxlen=SMOOTHED_STEPS)
@@ -191,9 +205,11 @@ class Monitor:
             self.forecast.clear()
         self.rows.extend(rows)
         self.forecast.add(rows)
-        beat = self._read_heartbeat()
-        if rows or (beat is not None and beat != self.heartbeat):
-            self._changed = self.now()
+        self._steps_s.extend(step_s for row in rows if (step_s := speed([row])[1]))
+        beat, now = self._read_heartbeat(), self.now()
+        if rows or (beat is not None and beat != self.heartbeat) or now - self._polled > ASLEEP_S:
+            self._changed = now
+        self._polled = now
         self.heartbeat = beat or self.heartbeat
         return self._update()
 
@@ -201,6 +217,24 @@ class Monitor:
     def quiet_s(self) -> float:
         """Seconds since the trainer last showed a sign of life, by a clock that no date change moves."""
         return self.now() - self._changed
+
+    def awake(self) -> None:
+        """Count from now on: the trainer was stopped and may go on (SIGSTOP and SIGCONT)."""
+        self._changed = self.now()
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds without a sign of life after which the trainer counts as hung."""
+        phase = self.heartbeat.phase if self.heartbeat else "start"
+        step_s = statistics.median(self._steps_s) if self._steps_s else self.planned_step_s
+        if phase == "train" and len(self._steps_s) >= LEARNED_STEPS:
+            return max(QUIET_LEAST_S, QUIET_STEPS * step_s)
+        return max(QUIET_LIMITS_S.get(phase, QUIET_LIMIT_S), 2 * QUIET_STEPS * step_s)
+
+    @property
+    def hung(self) -> bool:
+        """Whether there was no sign of life for longer than that."""
+        return self.quiet_s > self.limit_s
 
     @property
     def step(self) -> int:
@@ -228,7 +262,6 @@ class Monitor:
         return Update("train", done, beat.steps, self._quiet("train") or detail)
 
     def _quiet(self, phase: str) -> str:
-        step_s = speed(self.rows)[1] or 0.0
-        if self.quiet_s < max(QUIET_LIMITS_S.get(phase, QUIET_LIMIT_S), 10 * step_s):
+        if self.quiet_s < QUIET_TOLD * self.limit_s:
             return ""
-        return f"no sign of life for {clock(self.quiet_s)}; see {self.run.log}"
+        return f"no sign of life for {clock(self.quiet_s)}; started again at {clock(self.limit_s)}"

@@ -50,7 +50,8 @@ SIGNS: tuple[tuple[str, type[EliteError], str], ...] = (
 )
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]"
                       r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"
-                      r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+                      r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+                      "|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,15 @@ class Ending:
     """How the subprocess ended.
 
     `returncode` below 0: by that signal. `asked`: the stop this command asked for, or "". `forced`: it did
-    not wait for the trainer to end by itself. `oom_kills`: kills for want of memory meanwhile.
+    not wait for the trainer to end by itself. `oom_kills`: kills for want of memory meanwhile. `hung`: it was
+    ended because it gave no sign of life.
     """
 
     returncode: int
     asked: str = ""
     forced: bool = False
     oom_kills: int = 0
+    hung: bool = False
 
 
 def signal_of(returncode: int) -> int:
@@ -148,6 +151,9 @@ def _untold(run: RunDirectory, ending: Ending, log_offset: int) -> EliteError:
     stopped = ending.forced or by_signal or code in (Interrupted.exit_code, StoppedByUser.exit_code)
     if ending.asked and stopped:
         return _stopped(run, ending.asked)
+    if ending.hung:
+        return EliteError(f"The trainer gave no sign of life{_where(run)} and was ended; its threads' stacks "
+                          f"are in {run.log}. {_way_on(run)}")
     if by_signal == signal.SIGKILL and ending.oom_kills:
         return DoesNotFit(f"The kernel killed the trainer{_where(run)}: the machine's memory (RAM) ran out. "
                           f"End other programs or plan a smaller --context or --tier. {_way_on(run)}")

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -37,6 +38,10 @@ Check = Callable[[RunDirectory, Config], list[EliteError]]
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 # Shards, the log, pipes and sockets of one process stay below this; a soft limit of 1024 is usual.
 OPEN_FILES = 256
+# Threads of one rank: OpenMP's, autograd's, gloo's, the watchers'.
+RANK_THREADS = 128
+# NCCL's shared buffers of one rank.
+SHARED_BYTES = 33 << 20
 # The code is younger than this: an earlier date means a clock that was never set (1 January 2026).
 EARLIEST_S = 1_767_225_600.0
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -82,15 +87,17 @@ def _check_occupied(path: Path, fresh: bool) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    """Write a file of no name in the nearest folder that exists; nothing stays behind."""
+    """Write and rename a file in the nearest folder that exists; nothing stays behind."""
     folder = path.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
         raise CannotWrite(f"Cannot make {path}: {folder} is a file. Choose another --output.")
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".elite-"):
-            pass
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".elite-") as made:
+            probe = Path(made) / "probe"
+            probe.write_bytes(b"\0")
+            os.rename(probe, probe.with_name("renamed"))
     except OSError as error:
         raise CannotWrite(f"Cannot write in {folder}: {error.strerror}. Choose another --output.") from error
 
@@ -125,6 +132,7 @@ def check_run(run: RunDirectory, checks: Sequence[Check] = ()) -> tuple[str, ...
         found.append(error)
     if config is not None:
         found += model_problems(config)
+        found += process_problems(config) + pinned_problems(run, config) + port_problems(config)
         if plan is not None:
             found += room_problems(run, plan, config)
         for check in checks:
@@ -219,6 +227,55 @@ def limit_problems(needed: int = OPEN_FILES) -> list[EliteError]:
         return []
     return [DoesNotFit(f"A process may open {hard} files here and training opens up to {needed}; "
                        f"raise the limit with `ulimit -Hn {needed}` as an administrator.")]
+
+
+def process_problems(config: Mapping[str, Any]) -> list[EliteError]:
+    """Whether this user may start as many threads as the ranks need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    needed = int(config["device.count"]) * RANK_THREADS
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return []
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        resource.setrlimit(resource.RLIMIT_NPROC, (needed, hard))
+        return []
+    return [DoesNotFit(f"This user may have {hard} processes and threads and training needs up to {needed}; "
+                       f"raise the limit with `ulimit -Hu {needed}` as an administrator.")]
+
+
+def pinned_problems(run: RunDirectory, config: Mapping[str, Any]) -> list[EliteError]:
+    """Whether what is to be pinned was measured to be possible (`host.pinned_limit` of the profile)."""
+    if config["stream.inputs"] != "pinned" and config["stream.pages"] != "pinned":
+        return []
+    try:
+        limit = read_data(run.hardware)["figures"]["host.pinned_limit"]["value"]
+        needed = read_data(run.plan)["memory"]["host_bytes"]
+    except (EliteError, KeyError, TypeError):
+        return []
+    if not limit or needed <= limit:
+        return []
+    return [DoesNotFit(f"The plan has up to {needed / GIB:.1f} GiB of host memory and {limit / GIB:.1f} GiB "
+                       "can be pinned here; set stream.inputs=pageable and stream.pages=pageable.")]
+
+
+def port_problems(config: Mapping[str, Any]) -> list[EliteError]:
+    """Whether ranks can reach each other on 127.0.0.1, and share memory where a GPU library wants it."""
+    if int(config["device.count"]) < 2:
+        return []
+    found: list[EliteError] = []
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+    except OSError as error:
+        found.append(MissingInput(f"No port of 127.0.0.1 can be opened ({error.strerror}), and ranks talk "
+                                  "through one; bring the loopback interface up (`ip link set lo up`)."))
+    with contextlib.suppress(OSError):
+        free_bytes = shutil.disk_usage("/dev/shm").free
+        needed_bytes = int(config["device.count"]) * SHARED_BYTES
+        if config["device.kind"] == "cuda" and free_bytes < needed_bytes:
+            found.append(DoesNotFit(f"/dev/shm has {free_bytes / 2**20:.0f} MiB and NCCL may need "
+                                    f"{needed_bytes / 2**20:.0f}; start the container with a larger one "
+                                    "(--shm-size=1g)."))
+    return found
 
 
 def package_problems(requirements: Path = REQUIREMENTS) -> list[EliteError]:

@@ -19,6 +19,7 @@ from training.manager import charts, contexts, facts
 from training.manager.facts import Facts, figure, number, part, seconds, size, visible
 from training.manager.facts import summary as summary  # the same rows, for the console
 from training.rundir import RunDirectory, write_text
+from training.settings import without_password
 
 STYLE = Path(__file__).with_name("style.css")
 MAX_SAMPLES = 8
@@ -49,12 +50,12 @@ def page(run: Facts, style: str) -> str:
 
 
 def text(value: Any) -> str:
-    """Any value as inert HTML text.
+    """Any value as inert HTML text; URLs without user and password.
 
     >>> text('<img src=x onerror="a">')
     '&lt;img src=x onerror=&quot;a&quot;&gt;'
     """
-    return escape(visible(value), quote=True)
+    return escape(visible(without_password(str(value))), quote=True)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:

@@ -14,12 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from training.errors import CannotWrite
+from training.errors import EliteError
 from training.manager import group, launcher
 from training.manager.forecast import Forecast
 from training.manager.monitor import Monitor, Update
 from training.manager.outcome import Ending
-from training.rundir import RunDirectory, write_text
+from training.records import Plan
+from training.rundir import RunDirectory, read_record
 from training.settings import Config
 
 Progress = Callable[[str, int, int, str], None]
@@ -29,6 +30,8 @@ EARLY_GRACE_S = 5.0
 # A step at the longest contexts takes minutes, and the trainer ends it before it saves.
 GRACE_S = 3600.0
 POLL_S = 0.25
+# For the stacks of all threads to be written.
+STACKS_S = 1.0
 
 
 def silent(phase: str, done: int, total: int, detail: str) -> None:
@@ -37,7 +40,7 @@ def silent(phase: str, done: int, total: int, detail: str) -> None:
 
 @dataclass
 class Stop:
-    """What was asked of the trainer so far. Signal handlers only write here; the loop acts."""
+    """What was asked of the trainer so far. Signal handlers write here, and the stop file; the loop acts."""
 
     asked: str = ""
     interrupts: int = 0
@@ -80,24 +83,28 @@ class Supervisor:
     def watch(self, config: Config, progress: Progress, lock_handle: int) -> Ending:
         """See the subprocess through and say how it ended. The lock's descriptor is inherited by it."""
         kills, stop = group.oom_kills(), Stop()
-        with _signals(stop):
-            status = self._supervise(config, progress, stop, lock_handle)
+        with _signals(stop, self.run):
+            status, hung = self._supervise(config, progress, stop, lock_handle)
         return Ending(returncode=status, asked=stop.asked, forced=stop.sent > 0,
-                      oom_kills=group.oom_kills() - kills)
+                      oom_kills=group.oom_kills() - kills, hung=hung)
 
-    def _supervise(self, config: Config, progress: Progress, stop: Stop, lock_handle: int) -> int:
-        """Start the subprocess and see it through; its exit status. Leaves no process behind."""
+    def _supervise(self, config: Config, progress: Progress, stop: Stop,
+                   lock_handle: int) -> tuple[int, bool]:
+        """Start the subprocess and see it through; its exit status, and whether it was ended because it gave
+        no sign of life. Leaves no process behind."""
         argv = launcher.command(config, self.run.path, sys.executable, script=self.script,
                                 arguments=self.arguments, port=launcher.free_port(),
                                 devices=launcher.device_ids(config, os.environ))
         process, pipe = launcher.start(argv, launcher.environment(config, os.environ), self.run.log,
                                        lock_handle)
-        monitor = Monitor(self.run, forecast=self.forecast)
+        monitor = Monitor(self.run, forecast=self.forecast, planned_step_s=self._planned_step_s())
         try:
             while (status := _wait(process)) is None:
                 self._step(process.pid, monitor, progress, stop)
+                if monitor.hung and not stop.asked and self._hangs(process.pid, monitor):
+                    return -signal.SIGKILL, True
             tell(progress, monitor.poll(), stop)
-            return status
+            return status, False
         finally:
             if process.poll() is None:
                 group.send(process.pid, signal.SIGKILL)
@@ -110,6 +117,21 @@ class Supervisor:
         if stop.asked:
             update = self._pass_on(pid, update, stop)
         tell(progress, update, stop)
+
+    def _planned_step_s(self) -> float:
+        try:
+            return read_record(Plan, self.run.plan).step_s
+        except EliteError:
+            return 0.0
+
+    def _hangs(self, pid: int, monitor: Monitor) -> bool:
+        """Whether it is not merely stopped; its ranks' stacks are then in the log."""
+        if group.stopped(pid):
+            monitor.awake()
+            return False
+        group.dump_stacks(pid, self.script)
+        time.sleep(STACKS_S)
+        return True
 
     def _pass_on(self, pid: int, update: Update, stop: Stop) -> Update:
         """Ask the trainer to stop: by file first, then by signals to its whole group."""
@@ -124,7 +146,7 @@ class Supervisor:
         if update.phase in EARLY_PHASES:
             return Update(update.phase, update.done, update.total, "stopping")
         more = "" if stop.asked != "SIGINT" or stop.sent else "; Ctrl+C again leaves at once"
-        detail = f"stopping: finishing this step, then saving{more}"
+        detail = f"stopping and saving{more}"
         return Update(update.phase, update.done, update.total, detail)
 
 
@@ -148,22 +170,28 @@ def tell(progress: Progress, update: Update, stop: Stop | None = None) -> None:
 
 
 def _ask_by_file(run: RunDirectory, name: str) -> bool:
+    """Without what a handler may have interrupted in the middle: no locks, no temporary names."""
+    aside = run.stop.with_name(f".{run.stop.name}-{os.getpid()}")
     try:
-        write_text(run.stop, name + "\n")
-    except CannotWrite:
+        aside.write_text(name + "\n", encoding="utf-8")
+        os.replace(aside, run.stop)
+    except OSError:
         return False
     return True
 
 
 @contextmanager
-def _signals(stop: Stop) -> Iterator[None]:
+def _signals(stop: Stop, run: RunDirectory) -> Iterator[None]:
     """Note SIGINT and SIGTERM in `stop` and outlive a closed terminal; the old handlers come back after.
 
+    The first one writes the stop file itself: the loop may hang in a write to a pipe that nobody reads.
     Outside the main thread Python allows no handlers: there the caller's own stay.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.ask(signal.Signals(number).name)
+        if not stop.filed:
+            stop.filed = _ask_by_file(run, stop.asked)
 
     handlers: dict[signal.Signals, Any] = {signal.SIGINT: note, signal.SIGTERM: note,
                                            signal.SIGHUP: signal.SIG_IGN}

@@ -6,7 +6,7 @@
         optimizer.safetensors      optimizer state, `<key>/<parameter>`
         state.json                 step, tokens, seconds, steps decided, counters, the last losses, the
                                    optimizer's plain numbers
-        MANIFEST.json              {files: {name: {bytes, sha256}}, step, identity}
+        MANIFEST.json              {files: {name: {bytes, sha256}}, step, identity, sha256 of these three}
 
 Nothing is pickled, so loading one runs no code. There are no generator states in it: the loop seeds Python,
 NumPy and torch at each update from (run.seed, step, rank).
@@ -15,95 +15,79 @@ NumPy and torch at each update from (run.seed, step, rank).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from training.errors import CannotWrite, DataError, EliteError, UsageError, raise_all
-from training.keys import KEYS
+from training.errors import CannotWrite, DataError
+from training.rundir import ASIDE
 from training.trainer.engine import Captured, Engine
+from training.trainer.identities import sha256
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 NAME = re.compile(r"^checkpoint-(\d+)$")
 STAGING, TRASH = ".staging-", "trash-"
-READ_BYTES = 1 << 20
-
-# Keys whose change leaves the course of the training as it was. Those of BATCH may change while their
-# product stays: an update is the mean over all target tokens of its windows, however they are dealt out.
-HARMLESS = ("run.name", "model.attention", "dataset.repo", "training.checkpointing", "training.trial",
-            "training.keep_checkpoints", "training.save_steps", "training.eval_steps",
-            "training.loss_chunk_tokens", "training.keep_best", "training.compile", "training.kept_layers",
-            "training.kept_inputs", "model.fused_kernels", "stream.overlap", "deepspeed.", "device.",
-            "evaluation.",
-            *(f"stream.{name}" for name in (  # all but the encoding, which may be lossy
-                "chunk_tokens", "page_tokens", "mlp_tokens", "inputs", "keep_every", "pages", "attention",
-                "keys", "weights")))
-BATCH = ("training.micro_batch", "training.accumulation", "device.count", "parallel.ring")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def identity(config: Mapping[str, Any], data_digest: str) -> dict[str, Any]:
-    """What must not change between a checkpoint and its continuation: the deciding keys, and the data."""
-    values = {name: config[name] for name in config if not name.startswith(HARMLESS) and name not in BATCH}
-    ranks = config["device.count"] // config["parallel.ring"]  # that hold windows of their own
-    values["windows per update"] = config["training.micro_batch"] * config["training.accumulation"] * ranks
-    return {"config": values, "data": data_digest}
-
-
-def digest_of(data: Any) -> str:
-    """sha256 over the canonical JSON of plain data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raise UsageError for each configuration key that changed since, DataError when the windows did.
-
-    A key that the checkpoint is older than counts as its default, which is what was done then.
-    """
-    problems: list[EliteError] = []
-    defaults = {key.name: key.default for key in KEYS}
-    before, after = defaults | then["config"], defaults | now["config"]
-    for name in sorted(before.keys() | after.keys()):
-        if name.startswith(HARMLESS) or name in BATCH:
-            continue
-        if before.get(name) != after.get(name):
-            problems.append(UsageError(f"{name} was {before.get(name)!r} in {where} and is "
-                                       f"{after.get(name)!r} now; set it back, or start a new run with "
-                                       "--fresh."))
-    if then["data"] != now["data"]:
-        problems.append(DataError(f"The dataset changed since {where} (digest {then['data'][:12]}, now "
-                                  f"{now['data'][:12]}); put it back, or start a new run with --fresh."))
-    raise_all(problems)
+class NoRoom(CannotWrite):
+    """The disk has no room for a checkpoint."""
 
 
 def save(run: Path, captured: Captured, state: Mapping[str, Any], identity_now: Mapping[str, Any]) -> Path:
-    """Write `checkpoint-<step>`; raises CannotWrite, and leaves nothing of it, when the disk refuses."""
+    """Write `checkpoint-<step>`, in place of a damaged one of that step.
+
+    Raises CannotWrite, NoRoom if for that, and leaves nothing of it, when the disk refuses.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     step = state["step"]
     final, staging = run / f"checkpoint-{step}", run / f"{STAGING}{step}-{os.getpid()}"
     if final.exists():
-        return final
+        if not fault(final, step):
+            return final
+        _delete(final)
     try:
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        staging.mkdir(mode=0o700)
         save_file(captured.weights, staging / WEIGHTS)
         save_file(captured.optimizer, staging / OPTIMIZER)
-        _write(staging / STATE, {**state, "optimizer": captured.numbers})
+        text = _text({**state, "optimizer": captured.numbers})
+        (staging / STATE).write_text(text, encoding="utf-8")
         _commit(staging, final, {"step": step, "identity": dict(identity_now)})
     except (OSError, SafetensorError) as error:  # safetensors has its own class for a full disk
         shutil.rmtree(staging, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CannotWrite(f"Cannot write {final}: {reason}.") from error
+        if final.exists():  # renamed, and then the folder that it is in could not be synced
+            _delete(final)
+        raise _refused(final, error, captured) from error
     return final
+
+
+def _refused(final: Path, error: Exception, captured: Captured) -> CannotWrite:
+    reason = getattr(error, "strerror", None) or str(error)
+    number = getattr(error, "errno", None)
+    if number not in FULL and not any(os.strerror(each) in reason for each in FULL):
+        return CannotWrite(f"Cannot write {final}: {reason}.")
+    free_bytes = shutil.disk_usage(final.parent).free
+    return NoRoom(f"Cannot write {final}: {reason}. It takes {size_bytes(captured) / 2**20:,.1f} MiB and "
+                  f"{free_bytes / 2**20:,.1f} MiB is free; free some room, and resume.")
+
+
+def size_bytes(captured: Captured) -> int:
+    """Of a checkpoint's tensors; the rest of it is some kilobytes."""
+    return sum(value.numel() * value.element_size()
+               for part in (captured.weights, captured.optimizer) for value in part.values())
 
 
 def _commit(staging: Path, final: Path, facts: dict[str, Any]) -> None:
@@ -111,15 +95,20 @@ def _commit(staging: Path, final: Path, facts: dict[str, Any]) -> None:
              for path in sorted(staging.iterdir())}
     for name in files:
         _sync(staging / name)
-    _write(staging / MANIFEST, {"files": files, **facts})
+    (staging / MANIFEST).write_text(sealed({"files": files, **facts}), encoding="utf-8")
     _sync(staging / MANIFEST)
     _sync(staging)
     os.rename(staging, final)
     _sync(final.parent)
 
 
-def _write(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def sealed(facts: Mapping[str, Any]) -> str:
+    """The text of a manifest: its facts, and the sha256 of their own text."""
+    return _text({**facts, "sha256": hashlib.sha256(_text(facts).encode()).hexdigest()})
+
+
+def _text(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def _sync(path: Path) -> None:
@@ -130,20 +119,27 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
+def retain(run: Path, keep: int, also: Collection[int | None] = ()) -> int:
+    """Delete all checkpoints but the `keep` newest and those of the steps in `also`; how many.
+
+    One that is not even complete by its manifest does not count as one of the newest.
+    """
+    found = _by_step(run)
+    whole = [step for step, path in found if not fault(path, step, hashes=False)]
+    gone = [path for step, path in found if step not in whole[:keep] and step not in also]
+    for path in gone:
+        _delete(path)
+    return len(gone)
 
 
-def retain(run: Path, keep: int, also: Collection[int | None] = ()) -> None:
-    """Delete all checkpoints but the `keep` newest and those of the steps in `also`."""
-    for step, path in _by_step(run)[keep:]:
-        if step not in also:
-            _delete(path)
+def step_of(path: Path | None) -> int | None:
+    """The step of a checkpoint by its name.
+
+    >>> step_of(Path("runs/a/checkpoint-12")), step_of(None)
+    (12, None)
+    """
+    match = NAME.match(path.name) if path else None
+    return int(match[1]) if match else None
 
 
 def drop_after(run: Path, step: int) -> None:
@@ -189,10 +185,14 @@ def before_spikes(run: Path, anchor: int) -> str:
 
 def remove_leftovers(run: Path) -> list[str]:
     """Delete what a killed process left half-made or half-deleted; the names."""
-    left = [path for path in run.iterdir() if path.name.startswith((STAGING, TRASH)) and path.is_dir()]
-    for path in left:
+    folders = [path for path in run.iterdir() if path.name.startswith((STAGING, TRASH)) and path.is_dir()]
+    files = [path for path in run.iterdir() if ASIDE.fullmatch(path.name) and path.is_file()]
+    for path in folders:
         shutil.rmtree(path, ignore_errors=True)
-    return sorted(path.name for path in left)
+    for path in files:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return sorted(path.name for path in (*folders, *files))
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
@@ -212,23 +212,35 @@ def _by_step(run: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def fault(path: Path, step: int) -> str:
-    """Why a checkpoint cannot be trusted, or nothing."""
+def fault(path: Path, step: int, hashes: bool = True) -> str:
+    """Why a checkpoint cannot be trusted, or nothing. Without `hashes` by its files' sizes alone."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _manifest(path)
         files = manifest["files"]
-        whole = {WEIGHTS, OPTIMIZER, STATE} <= files.keys() and "identity" in manifest
-        if manifest["step"] != step or not whole:
+        if manifest["step"] != step or not {WEIGHTS, OPTIMIZER, STATE} <= files.keys():
             return f"its {MANIFEST} is not that of step {step}"
         for name, facts in files.items():
-            size = (path / name).stat().st_size
+            found = os.lstat(path / name)
+            if os.path.basename(name) != name or not stat.S_ISREG(found.st_mode):
+                return f"{name!r} is no file of its own"
+            size = found.st_size
             if size != facts["bytes"]:
                 return f"{name} has {size:,} bytes, its {MANIFEST} says {facts['bytes']:,}"
-            if sha256(path / name) != facts["sha256"]:
+            if hashes and sha256(path / name) != facts["sha256"]:
                 return f"{name} is damaged (its sha256 differs)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{getattr(error, 'strerror', None) or 'its ' + MANIFEST + ' is torn'}"
     return ""
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Raises ValueError unless its text is, byte for byte, as `save` wrote it; older ones have no seal."""
+    text = (path / MANIFEST).read_bytes().decode()
+    facts: dict[str, Any] = json.loads(text)
+    seal = facts.pop("sha256", None)
+    if facts.keys() != {"files", "step", "identity"} or text != (sealed if seal else _text)(facts):
+        raise ValueError(f"{MANIFEST} is not what was written")
+    return facts
 
 
 def read_identity(path: Path) -> dict[str, Any]:
@@ -238,13 +250,21 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> tuple[Captured, dict[str, Any]]:
-    """The tensors and the state of a checkpoint that `newest_valid` accepted."""
+    """The tensors and the state of a checkpoint that `newest_valid` accepted.
+
+    Raises DataError for one whose manifest is right and whose content this trainer did not write.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    numbers = state.pop("optimizer")
-    tensors = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
-    return Captured(weights=tensors[0], optimizer=tensors[1], numbers=numbers), state
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        numbers = state.pop("optimizer")
+        tensors = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+        return Captured(weights=tensors[0], optimizer=tensors[1], numbers=dict(numbers)), dict(state)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path.name} has its manifest's hashes and cannot be read ({error}); remove it to "
+                        "go on from the one before.") from error
 
 
 def put_weights(weights: Mapping[str, Tensor], trainable: Mapping[str, Tensor]) -> None:
@@ -255,6 +275,10 @@ def put_weights(weights: Mapping[str, Tensor], trainable: Mapping[str, Tensor]) 
         odd = sorted(weights.keys() ^ trainable.keys())
         raise DataError(f"The checkpoint and the model differ in {len(odd)} trainable parameters, the first "
                         f"being {odd[0]}; start a new run with --fresh.")
+    whole = [name for name, parameter in trainable.items() if not hasattr(parameter, "ds_id")]
+    if odd := [name for name in whole if weights[name].shape != trainable[name].shape]:
+        raise DataError(f"{odd[0]} is {tuple(weights[odd[0]].shape)} in the checkpoint and "
+                        f"{tuple(trainable[odd[0]].shape)} in the model; start a new run with --fresh.")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])

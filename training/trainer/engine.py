@@ -48,6 +48,7 @@ class Engine(Protocol):
     device: torch.device
     patience: int
     evaluates_together: bool
+    captures_alone: bool  # rank 0 needs no other for `capture`, also when a step was broken off
 
     def loss(self, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Run `work(model, *tensors)`. Together."""
@@ -98,6 +99,7 @@ class PlainEngine:
     rank = 0
     ranks = 1
     evaluates_together = False
+    captures_alone = True
 
     def __init__(self, model: Module, trainable: Mapping[str, Parameter], config: Mapping[str, Any],
                  device: torch.device):

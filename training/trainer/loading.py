@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from training.errors import DataError, MissingInput, UsageError
 from training.settings import Config
 from training.trainer import embedded, fused, quantization, rope
+from training.trainer.failing import is_out_of_memory
 from training.trainer.imports import quick_imports
 from training.trainer.loss import causal_lm, verify_chunked
 
@@ -84,7 +84,7 @@ def pretrained(config: Config, device: torch.device, base: str, notes: list[str]
     where = _where(config)
     try:
         shape = AutoConfig.from_pretrained(base, **where)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config.json can hold anything, and some twenty classes come of it
         raise not_loadable(base, error) from error
     if note := rope.extend(shape, config["dataset.context_tokens"], config["model.rope_factor"]):
         notes.append(note)
@@ -95,7 +95,9 @@ def pretrained(config: Config, device: torch.device, base: str, notes: list[str]
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, config=shape, output_loading_info=True, **where, **_storage(config, device))
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise not_loadable(base, error) from error
     model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
     if missing:
@@ -126,7 +128,8 @@ def _storage(config: Config, device: torch.device) -> dict[str, Any]:
     dtype = DTYPES[config["model.dtype"]]
     trained_here = not config["lora.enabled"] and not config["deepspeed.stage"]
     chosen: dict[str, Any] = {"dtype": torch.float32 if trained_here else dtype,
-                              "attn_implementation": config["model.attention"]}
+                              "attn_implementation": config["model.attention"],
+                              "use_safetensors": True}  # the other format is a pickle
     if config["model.quantization"] == "nf4":
         chosen |= {"quantization_config": quantization.nf4(config, dtype), "device_map": {"": device}}
     return chosen

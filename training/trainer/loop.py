@@ -7,21 +7,25 @@ import logging
 import math
 import random
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.errors import CannotWrite, EliteError
+from training.errors import CannotWrite, EliteError, Interrupted, StoppedByUser
 from training.rundir import RunDirectory
 from training.settings import Config
-from training.trainer import checkpoints, guard, pacing, schedules
+from training.trainer import checkpoints, guard, identities, pacing, schedules
 from training.trainer.averaging import Average
 from training.trainer.batches import Batch, Curriculum, Layout, Store, planned_steps, read_update
 from training.trainer.engine import Captured, Engine
+from training.trainer.failing import is_out_of_memory
 from training.trainer.journal import Heartbeat, Journal
 from training.trainer.loss import LossFunction
 from training.trainer.progress import Progress as Progress
@@ -89,7 +93,7 @@ class Training:
     def train(self) -> None:
         """Go on to the last step. Raises StoppedByUser or Interrupted after a stop's checkpoint."""
         while (before := self.progress.step) < self.steps:
-            if asked := self._train_one():
+            if asked := self._asked_in_one():
                 self.save()
                 raise stop_error(asked, self.progress.step)
             if self.progress.step > before:  # not after a return to a checkpoint, which has had all this
@@ -97,6 +101,21 @@ class Training:
                 self._after_step()
         if self.progress.step:
             self.save(regular=True)
+
+    def _asked_in_one(self) -> str:
+        """One update, or the name of the signal that ended it. Memory that ran out leaves a checkpoint, so
+        that no update is made twice; then it is raised."""
+        try:
+            return self._train_one()
+        except (StoppedByUser, Interrupted):
+            self.engine.discard()
+            return self.watch.poll()
+        except Exception as error:
+            if is_out_of_memory(error) and self.engine.captures_alone:
+                traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+                self.engine.discard()
+                self._save_or_warn(regular=False)
+            raise
 
     def _after_step(self) -> None:
         step, config = self.progress.step, self.config
@@ -124,10 +143,8 @@ class Training:
         for index, batch in enumerate(batches):
             if asked := self._stop_asked():
                 return asked
-            loss = self.loss(batch)
-            engine.backward(loss / targets, last=index == len(batches) - 1)
-            summed += loss.detach()
-            del loss  # its graph keeps what bitsandbytes holds outside of saved tensors
+            self.heartbeat.beat("train", step, self.steps)
+            summed += self._micro_batch(batch, targets, last=index == len(batches) - 1)
         mean = engine.total(float(summed)) / targets
         rate = self._rate(step)
         if spike := guard.judge(self.progress.losses, mean, self.config["training.spike_sigma"],
@@ -144,6 +161,14 @@ class Training:
                 self.average.update(step + 1, self._steps_at(step))
         self._record(mean, norm, rate, targets, time.monotonic() - start)
         return ""
+
+    def _micro_batch(self, batch: Batch, targets: int, last: bool) -> Tensor:
+        """Its summed loss; its gradients are added. A stop ends it where it is, if this process can save
+        without the others: at the longest contexts it takes minutes."""
+        with self.watch.at_once() if self.engine.captures_alone else nullcontext():
+            loss = self.loss(batch)
+            self.engine.backward(loss / targets, last=last)
+            return loss.detach()  # without its graph, which keeps what bitsandbytes holds outside of it
 
     def _learn_from(self, mean: float) -> None:
         """What the loss of an applied update tells the guard and the stages of growing context."""
@@ -183,10 +208,10 @@ class Training:
         self.put_back(captured)
         if self.average is not None:
             self.average.restore(captured)
-        self.progress = now.gone_back(Progress(**state))
+        self.progress = now.gone_back(Progress.of(state, name))
         if main:
             checkpoints.drop_after(run.path, self.progress.step)
-            self.journal.rewind(self.progress.step, checkpoints.digest_of(self.identity))
+            self.journal.rewind(self.progress.step, identities.digest_of(self.identity))
             log.warning("step %d: the %s, as was the one before; back to %s, and on with windows after these",
                         now.step + 1, spike, name)
         self._tell_steps()
@@ -257,7 +282,7 @@ class Training:
         if self.engine.rank == 0:
             decision = pacing.fit(self.config["training.budget_s"], self.planned, progress.step, durations)
             decision["from_step"] = progress.step
-            pacing.record(self.run, decision, checkpoints.digest_of(self.identity))
+            pacing.record(self.run, decision, identities.digest_of(self.identity))
             log.info(pacing.explain(decision))
         self.adopt(self.engine.share(decision))
 
@@ -286,7 +311,7 @@ class Training:
         if self.engine.rank == 0:
             self.heartbeat.beat("save", detail=f"checkpoint-{self.progress.step}")
             try:
-                path = checkpoints.save(self.run.path, captured, asdict(self.progress), self.identity)
+                path = self._write(captured, earlier)
                 self.prune()
                 log.info("saved %s", path.name)
             except CannotWrite as error:
@@ -294,6 +319,19 @@ class Training:
         if failure := self.engine.share(failure):
             self.progress.anchor = earlier
             raise CannotWrite(failure)
+
+    def _write(self, captured: Captured, anchor: int) -> Path:
+        """Where the disk is full, all but the newest valid checkpoint and those needed make room first."""
+        run, state = self.run.path, asdict(self.progress)
+        try:
+            return checkpoints.save(run, captured, state, self.identity)
+        except checkpoints.NoRoom as error:
+            newest, _ = checkpoints.newest_valid(run)
+            kept = {anchor, self._best(), checkpoints.step_of(newest)}
+            if not checkpoints.retain(run, 0, kept):
+                raise
+            log.warning("%s Older checkpoints were deleted for it.", error)
+            return checkpoints.save(run, captured, state, self.identity)
 
     def prune(self) -> None:
         """Delete the checkpoints that need not be kept. On rank 0; elsewhere nothing."""
@@ -305,7 +343,7 @@ class Training:
         """The step with the lowest held-out loss, if it is to be kept."""
         if not self.config["training.keep_best"]:
             return None
-        return checkpoints.best(self.journal.evaluations(), checkpoints.digest_of(self.identity))
+        return checkpoints.best(self.journal.evaluations(), identities.digest_of(self.identity))
 
     def _keep_best(self) -> None:
         """Save the step just evaluated when none was better: else the best weights have no checkpoint."""
@@ -316,9 +354,9 @@ class Training:
         else:
             self._save_or_warn()
 
-    def _save_or_warn(self) -> None:
+    def _save_or_warn(self, regular: bool = True) -> None:
         try:
-            self.save(regular=True)
+            self.save(regular)
         except CannotWrite as error:
             log.warning("%s The training goes on; the next checkpoint is tried at its own step.", error)
 

@@ -36,6 +36,8 @@ class DistributedEngine(Together, PlainEngine):
     keeps. The number of ranks may change between two starts.
     """
 
+    captures_alone = False  # the others' exchanges of a step that is broken off would not be met
+
     def __init__(self, model: Module, trainable: Mapping[str, Parameter], config: Mapping[str, Any],
                  device: torch.device):
         super().__init__(model, trainable, config, device)

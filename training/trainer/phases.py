@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from training.errors import MissingInput, UsageError
+from training.errors import Interrupted, MissingInput, StoppedByUser, UsageError
 from training.trainer.imports import quick_imports
 
 with quick_imports():
@@ -18,10 +18,19 @@ with quick_imports():
     from torch import Tensor
 
     from training.dataset.store import WindowStore
-    from training.trainer import averaging, checkpoints, evaluation, export, grouped, pacing, processes
+    from training.trainer import (
+        averaging,
+        checkpoints,
+        evaluation,
+        export,
+        grouped,
+        identities,
+        pacing,
+        processes,
+    )
     from training.trainer import device as device_settings
     from training.trainer.engine import Captured, Engine, PlainEngine
-    from training.trainer.journal import AVERAGED, LAST, Journal
+    from training.trainer.journal import AVERAGED, LAST, Journal, read_lines
     from training.trainer.loading import LoadedModel, load
     from training.trainer.loop import Progress, Training
     from training.trainer.loss import LossFunction, causal_loss
@@ -57,10 +66,9 @@ def _run(session: Session) -> None:
     session.mark("import")
     device = choose_device(session)
     store = WindowStore.open(session.run.dataset)
-    identity = checkpoints.identity(session.config, store.digest)
-    session.tell("load")("opening the dataset")
+    identity = _identity(session, store)
     loaded, training, first = prepare(session, store, identity, device)
-    training.evaluate = lambda step: _evaluate(session, loaded, step, "train")
+    training.evaluate = lambda step: _evaluate_between(session, loaded, step)
     if first is None:
         session.facts["before"] = _evaluate(session, loaded, 0, "evaluate_before")
         session.mark("evaluate_before")
@@ -68,6 +76,7 @@ def _run(session: Session) -> None:
         training.train()
     finally:
         session.facts["measured_bytes"] = measured_bytes(device, session.config["device.pool_share"] > 0)
+    session.watch.step = training.progress.step
     session.mark("train")
     if first is not None:
         with _weights(first, loaded):
@@ -83,11 +92,20 @@ def _run(session: Session) -> None:
              ", ".join(f"{name} {seconds:.1f}" for name, seconds in session.marks.items()))
 
 
+def _identity(session: Session, store: WindowStore) -> dict[str, Any]:
+    config, tell = session.config, session.tell("load")
+    tell("reading the base model's files")
+    with session.watch.at_once():
+        base = identities.base_digest(config, session.run)
+    return identities.identity(config, store.digest, base, identities.versions_of(config))
+
+
 def prepare(session: Session, store: WindowStore, identity: dict[str, Any], device: torch.device
             ) -> tuple[LoadedModel, Training, dict[str, Tensor] | None]:
     """Join the other ranks and load the model: (model, training, untrained weights or None)."""
     _join(session, device)
     loaded, session.training, first = _load(session, store, identity, device)
+    session.watch.step = session.training.progress.step
     session.mark("load")
     return loaded, session.training, first
 
@@ -137,6 +155,8 @@ def _load(session: Session, store: WindowStore, identity: dict[str, Any],
     first = _first_weights(session, loaded)
     if captured:
         checkpoints.put_weights(captured.weights, loaded.trainable)
+        if not session.config["deepspeed.stage"]:  # whose engines need them once more
+            captured.weights.clear()
     if session.config["stream.chunk_tokens"]:
         _check_streaming(session, loaded, device)
     if not session.trial:
@@ -149,13 +169,13 @@ def _load(session: Session, store: WindowStore, identity: dict[str, Any],
             average.restore(captured)
     journal = Journal(session.run)
     if session.rank == 0:
-        journal.rewind(progress.step, checkpoints.digest_of(identity))
+        journal.rewind(progress.step, identities.digest_of(identity))
     training = Training(
         run=session.run, config=session.config, store=store, engine=engine,
         loss_function=_loss_function(session, loaded, engine), heartbeat=session.heartbeat, journal=journal,
         watch=session.watch, identity=identity, session_start=session.start, progress=progress,
         average=average, put_back=lambda captured: checkpoints.put_back(captured, loaded.trainable, engine))
-    decision = engine.share(pacing.recorded(session.run, checkpoints.digest_of(identity)))
+    decision = engine.share(pacing.recorded(session.run, identities.digest_of(identity)))
     if decision and progress.steps_fitted is None:
         training.adopt(decision)
     return loaded, training, first
@@ -195,14 +215,15 @@ def _newest(session: Session, identity: dict[str, Any]) -> tuple[Captured | None
         for reason in skipped:
             log.warning("%s", reason)
     if path is None:
-        if skipped and session.rank == 0:
+        if session.rank == 0 and (skipped or read_lines(session.run.metrics)):
             log.warning("No checkpoint can be used; training starts from step 0.")
         return None, Progress()
-    checkpoints.refuse_changes(checkpoints.read_identity(path), identity, path.name)
+    changed = identities.refuse_changes(checkpoints.read_identity(path), identity, path.name, session.allowed)
     captured, state = checkpoints.load(path)
     if session.rank == 0:
+        Journal(session.run).changes(changed, path.name)
         log.info("going on from %s", path.name)
-    return captured, Progress(**state)
+    return captured, Progress.of(state, path.name)
 
 
 def _engine(session: Session, loaded: LoadedModel, device: torch.device) -> Engine:
@@ -265,16 +286,27 @@ def _evaluate(session: Session, loaded: LoadedModel, step: int, phase: str,
     session.heartbeat.beat(phase)
     progress = session.heartbeat.progress(phase, _check(session, training.engine))
     store, device = training.store, training.engine.device
-    made = training.engine.on_model(
-        lambda model: evaluation.evaluate(model, store, session.config, device, progress,
-                                          training.loss_function, CURVES.get(phase, "")))
+    with session.watch.at_once() if training.engine.captures_alone else nullcontext():
+        made = training.engine.on_model(
+            lambda model: evaluation.evaluate(model, store, session.config, device, progress,
+                                              training.loss_function, CURVES.get(phase, "")))
     if session.rank or made is None:
         return None
-    line = {"step": step, **made, "time": time.time(), "identity": checkpoints.digest_of(training.identity),
+    line = {"step": step, **made, "time": time.time(), "identity": identities.digest_of(training.identity),
             **({"weights": weights} if weights != LAST else {})}
     training.journal.evaluation(line)
     log.info("step %d: held-out loss %.4f, %.4f bits per byte", step, made["loss"], made["bits_per_byte"])
     return line
+
+
+def _evaluate_between(session: Session, loaded: LoadedModel, step: int) -> None:
+    """An evaluation between two updates. A stop in it leaves a checkpoint, as in an update. Together."""
+    training: Any = session.training
+    try:
+        _evaluate(session, loaded, step, "train")
+    except (StoppedByUser, Interrupted) as error:
+        training.save()
+        raise stop_error("SIGINT" if isinstance(error, StoppedByUser) else "SIGTERM", step) from None
 
 
 def _evaluate_end(session: Session, loaded: LoadedModel) -> dict[str, Any] | None:

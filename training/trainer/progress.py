@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from training.errors import DataError
 from training.trainer import guard, pacing
 from training.trainer.batches import Curriculum, Layout
 
@@ -34,6 +37,15 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     ahead: int = 0
     stage_losses: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], where: str) -> Progress:
+        """From a checkpoint's state. Raises DataError for one that is not of this version or a later one."""
+        try:
+            return cls(**state)
+        except TypeError as error:
+            raise DataError(f"The state in {where} is not one that this version reads ({error}); remove it "
+                            "to go on from the one before.") from error
 
     @property
     def place(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import time
@@ -28,8 +29,9 @@ from training.errors import (
 )
 from training.longcontext.errors import StoreFull, StreamError, Unsupported
 from training.records import Plan, Quality, Result
-from training.rundir import RunDirectory, read_record, write_record
+from training.rundir import RunDirectory, read_record, write_record, write_text
 from training.settings import Config
+from training.trainer.failing import is_out_of_memory
 from training.trainer.journal import Heartbeat
 from training.trainer.stopping import Watch
 
@@ -41,7 +43,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Session:
-    """What the phases share. `start`: the process's, monotonic; `marks`: seconds since then, by phase."""
+    """What the phases share. `start`: the process's, monotonic; `marks`: seconds since then, by phase;
+    `allowed`: what may have changed since the checkpoint."""
 
     run: RunDirectory
     local_rank: int
@@ -55,6 +58,7 @@ class Session:
     facts: dict[str, Any] = field(default_factory=dict)
     lock_file: IO[str] | None = None
     trial: bool = False
+    allowed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,7 +79,12 @@ class Session:
 
         Waits half a second: whoever lists runs takes a shared lock for a moment.
         """
-        self.lock_file = open(self.run.path / ".lock", "w")  # noqa: SIM115
+        path = self.run.path / ".lock"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise CannotWrite(f"Cannot write {path}: {error.strerror}.") from error
+        self.lock_file = os.fdopen(handle, "a")
         for _ in range(10):
             with contextlib.suppress(OSError):
                 fcntl.flock(self.lock_file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,12 +99,14 @@ class Session:
             self.lock_file.close()
 
 
-def run_session(run_path: Path, local_rank: int, start: float, trial: bool = False) -> int:
+def run_session(run_path: Path, local_rank: int, start: float, trial: bool = False,
+                allowed: tuple[str, ...] = ()) -> int:
     """Train, or go on training, what a run directory describes; the exit code. Rank 0 writes result.json.
 
     `trial`: a few steps on random tokens instead, written to trial.json.
     """
-    session = Session(run=RunDirectory(run_path), local_rank=local_rank, start=start, trial=trial)
+    session = Session(run=RunDirectory(run_path), local_rank=local_rank, start=start, trial=trial,
+                      allowed=allowed)
     try:
         return _guarded(session)
     finally:
@@ -120,15 +131,27 @@ def _guarded(session: Session) -> int:
         return _end(session, _of_the_stream(error, session))
     except Exception as error:
         log.exception("The trainer failed.")
+        _confess(session, error)
         return _end(session, _as_elite(error, session))
 
 
+def _confess(session: Session, error: BaseException) -> None:
+    """Write failure.json, from which the command decides whether to start again and with what."""
+    kind = "out_of_memory" if is_out_of_memory(error) else "fault"
+    line = {"kind": kind, "phase": session.heartbeat.phase, "rank": session.rank,
+            "step": session.training.progress.step if session.training else 0,
+            "peak_bytes": session.facts.get("measured_bytes") or 0,
+            "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    with contextlib.suppress(CannotWrite):
+        write_text(session.run.failure, json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def _run(session: Session) -> int:
-    session.heartbeat.beat("import")
-    session.config, session.plan = load_config(session.run.path), read_record(Plan, session.run.plan)
     if _is_done(session.run):
         log.info("%s holds a finished run already; nothing is done.", session.run.path)
         return 0
+    session.heartbeat.beat("import")
+    session.config, session.plan = load_config(session.run.path), read_record(Plan, session.run.plan)
     if session.rank == 0:
         session.run.result.unlink(missing_ok=True)
     session.watch.check()
@@ -137,7 +160,8 @@ def _run(session: Session) -> int:
 
         run(session)
         return 0
-    from training.trainer import phases
+    with session.watch.at_once():
+        from training.trainer import phases
 
     phases.run(session)
     if session.rank == 0:
@@ -168,7 +192,7 @@ def _of_the_stream(error: StreamError, session: Session) -> EliteError:
 
 def _as_elite(error: Exception, session: Session) -> EliteError:
     text = " ".join(str(error).split())[:300]
-    if "out of memory" in text.lower() or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return DoesNotFit(f"Out of memory on {session.config['device.kind']}: {text} Choose a lower --tier "
                           "or --context.")
     return EliteError(f"{type(error).__name__}: {text}")

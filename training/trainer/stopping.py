@@ -35,6 +35,7 @@ class Watch:
     """Notices that this process should stop. `poll` is cheap enough to be called every micro-batch."""
 
     def __init__(self, stop_file: Path):
+        self.step = 0  # updates made so far, for what `check` says
         self._file = stop_file
         self._signal = ""
         self._signal_time = 0.0
@@ -65,24 +66,31 @@ class Watch:
     def check(self) -> None:
         """Raise StoppedByUser or Interrupted when a stop was asked for."""
         if asked := self.poll():
-            raise stop_error(asked)
+            raise stop_error(asked, self.step)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Let a stop raise wherever the code inside is: for slow work that leaves nothing half done.
 
-        Raises again every half second, since a library may take the first exception for one of its own.
+        Raises again every half second, since a library may take the first exception for one of its own; what
+        it makes of it is a stop, too.
         """
         def raise_if_asked(number: int, frame: FrameType | None) -> None:
             self.check()
 
         before = signal.signal(signal.SIGALRM, raise_if_asked)
-        signal.setitimer(signal.ITIMER_REAL, AT_ONCE_S, AT_ONCE_S)
         try:
+            signal.setitimer(signal.ITIMER_REAL, AT_ONCE_S, AT_ONCE_S)
             yield
+        except Exception:
+            self.check()
+            raise
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            finally:  # an alarm that came just before it has raised
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
 
     def forget_file(self) -> None:
         """Remove the stop file once it was honoured, so that the next start is not stopped by it."""

@@ -28,6 +28,7 @@ from training.rundir import TRIAL, TRIAL_ORDER, TrialLength, TrialOrder, read_re
 from training.trainer import phases
 from training.trainer.batches import IGNORED, Batch
 from training.trainer.completion import PREFIX_TOKENS, greedy
+from training.trainer.failing import is_out_of_memory
 from training.trainer.loading import LoadedModel
 from training.trainer.loop import Training, seed_all
 from training.trainer.loss import held_still
@@ -205,13 +206,6 @@ def _take(trying: Trying, length: TrialLength, updates: list[int]) -> bool:
     trying.keep(steps=(*trying.found.steps, step))
     log.info("%s", step)
     return not step.error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the host."""
-    text = str(error).lower()
-    return (isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text
-            or "can't allocate memory" in text or "alloc_failed" in text)
 
 
 def _measured(trying: Trying, step: TrialStep, length: TrialLength, updates: list[int]) -> TrialStep:

@@ -88,6 +88,7 @@ class ZeroEngine(Together):
         self._trainable = trainable
         self._stage = config["deepspeed.stage"]
         self.evaluates_together = self._stage == 3
+        self.captures_alone = self.ranks == 1 and self._stage != 3
         optimizer = self._optimizer(config, tell)
         self._engine, *_ = deepspeed.initialize(model=Root(model), optimizer=optimizer,
                                                 config=read_data(ds_config))

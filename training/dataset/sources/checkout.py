@@ -14,9 +14,11 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from training.errors import CannotWrite, MissingInput, UsageError
+from training.settings import without_password as without_password
 
 SCHEMES = ("https", "ssh", "git", "file")
 CLONE_TIMEOUT_S = 1_800
@@ -30,13 +32,26 @@ _QUIET = ("--no-pager", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=
           "-c", "maintenance.auto=false")
 
 
+# A credential helper: git runs it with `get`, and for this one address.
+_TELL = ('!f() { test "$1" = get && printf "username=%s\\npassword=%s\\n" "$ELITE_GIT_USER" '
+         '"$ELITE_GIT_PASSWORD"; }; f')
+
+
+class Login(NamedTuple):
+    """Who clones from a host (`https://name`)."""
+
+    host: str
+    user: str
+    password: str
+
+
 def is_url(repo: str) -> bool:
     """Whether this names a remote: `scheme://...` or `user@host:path`.
 
     >>> is_url("https://example.org/a.git"), is_url("git@example.org:a/b.git"), is_url("../a")
     (True, True, False)
     """
-    return "://" in repo or bool(_SCP_LIKE.match(repo) and not Path(repo).exists())
+    return "://" in repo or bool(_SCP_LIKE.match(repo) and not os.path.exists(repo))
 
 
 def locate(repo: str, refresh: bool = True) -> Path:
@@ -52,7 +67,7 @@ def locate(repo: str, refresh: bool = True) -> Path:
                          f"write ./{repo} for a folder.")
     if is_url(repo):
         return _clone(check_url(repo), refresh)
-    path = Path(repo).expanduser()
+    path = Path(os.path.expanduser(repo))
     try:
         if not path.exists():
             raise MissingInput(f"The repository {repo} does not exist; give a folder or a git URL.")
@@ -93,13 +108,21 @@ def check_url(url: str) -> str:
     return url
 
 
-def without_password(url: str) -> str:
-    """The URL without user and password, for messages and manifests.
+def split_login(url: str) -> tuple[str, Login | None]:
+    """An https URL without its user and password, and these; other URLs as they are (ssh needs its user).
 
-    >>> without_password("https://me:token@example.org/a.git")
-    'https://example.org/a.git'
+    git writes the address that it clones into .git/config, and it can be read in the list of processes.
+
+    >>> split_login("https://me:to%40ken@example.org/a.git")
+    ('https://example.org/a.git', Login(host='https://example.org', user='me', password='to@ken'))
     """
-    return re.sub(r"(?<=://)[^/@\s]*@", "", url)
+    parts = urlsplit(url)
+    if parts.scheme != "https" or "@" not in parts.netloc:
+        return url, None
+    named, _, host = parts.netloc.rpartition("@")
+    user, _, password = named.partition(":")
+    return (urlunsplit(parts._replace(netloc=host)),
+            Login(host=f"https://{host}", user=unquote(user), password=unquote(password)))
 
 
 def cache_folder() -> Path:
@@ -107,16 +130,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elite" / "repositories"
 
 
-def _clone(url: str, refresh: bool) -> Path:
+def _clone(given: str, refresh: bool) -> Path:
+    url, login = split_login(given)
     stem = re.sub(r"[^\w.-]", "-",
-                  urlsplit(url).path.rstrip("/").rpartition("/")[2].removesuffix(".git")) or "clone"
+                  urlsplit(url).path.rstrip("/").rpartition("/")[2].removesuffix(".git"))[:80] or "clone"
     target = cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}" / stem
     if target.exists():
         if refresh:
-            _update(target)
+            _update(target, login)
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)     # clones may be of private code
+        target.parent.mkdir(mode=0o700, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".cloning-"))
     except OSError as error:
         raise CannotWrite(f"Cannot write the clone cache {target.parent}: {error.strerror}. "
@@ -124,7 +149,7 @@ def _clone(url: str, refresh: bool) -> Path:
     try:
         done = run_git(["clone", "--quiet", "--depth", str(CLONE_DEPTH), "--no-tags",
                         "--no-recurse-submodules", "--template=", "--", url, str(aside / "tree")], aside,
-                       CLONE_TIMEOUT_S, SCHEMES)
+                       CLONE_TIMEOUT_S, SCHEMES, login)
         if done.returncode:
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["git gave no reason"]
             raise MissingInput(f"Cannot clone {without_password(url)}: {without_password(lines[-1])}")
@@ -134,35 +159,41 @@ def _clone(url: str, refresh: bool) -> Path:
     return target
 
 
-def _update(target: Path) -> None:
+def _update(target: Path, login: Login | None) -> None:
     """The newest commits of a clone, `CLONE_DEPTH` deep whatever it was; without a network it stays."""
     fetch = ["fetch", "--quiet", "--depth", str(CLONE_DEPTH), "--no-tags", "--no-recurse-submodules",
              "origin", "HEAD"]
-    if run_git(fetch, target, CLONE_TIMEOUT_S, SCHEMES).returncode == 0:
+    if run_git(fetch, target, CLONE_TIMEOUT_S, SCHEMES, login).returncode == 0:
         run_git(["reset", "--quiet", "--hard", "FETCH_HEAD"], target, LIST_TIMEOUT_S)
 
 
-def command(arguments: list[str], protocols: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+def command(arguments: list[str], protocols: tuple[str, ...] = (),
+            login: Login | None = None) -> tuple[list[str], dict[str, str]]:
     """git's command line and environment with which nothing of the repository's own is run.
 
     `protocols` are those that may be spoken: none for a question about the local folder, since a repository
-    can name a remote that git would ask for a missing object.
+    can name a remote that git would ask for a missing object. A `login` is in the environment, which other
+    users cannot read, and git asks for it for its own host only.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0",
                     "GIT_LFS_SKIP_SMUDGE": "1", "GIT_ASKPASS": "", "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
                     "GIT_ALLOW_PROTOCOL": ":".join(protocols) or "none", "GIT_NO_LAZY_FETCH": "1",
                     "GIT_NO_REPLACE_OBJECTS": "1", "GIT_ATTR_NOSYSTEM": "1", "LC_ALL": "C"}
-    return ["git", *_QUIET, *arguments], environment
+    if login is None:
+        return ["git", *_QUIET, *arguments], environment
+    environment |= {"ELITE_GIT_USER": login.user, "ELITE_GIT_PASSWORD": login.password}
+    asked = ["-c", "credential.helper=", "-c", f"credential.{login.host}.helper={_TELL}"]
+    return ["git", *_QUIET, *asked, *arguments], environment
 
 
-def run_git(arguments: list[str], folder: Path, timeout_s: float,
-            protocols: tuple[str, ...] = ()) -> subprocess.CompletedProcess[bytes]:
+def run_git(arguments: list[str], folder: Path, timeout_s: float, protocols: tuple[str, ...] = (),
+            login: Login | None = None) -> subprocess.CompletedProcess[bytes]:
     """git in `folder`; see `command`.
 
     A git that is not installed or takes too long answers with return code 127 and the reason on stderr.
     """
-    line, environment = command(arguments, protocols)
+    line, environment = command(arguments, protocols, login)
     try:
         return subprocess.run(line, cwd=folder, env=environment, timeout=timeout_s,
                               stdin=subprocess.DEVNULL, capture_output=True, check=False)
