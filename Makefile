@@ -7,9 +7,9 @@ UNIT := $(VENV) -m pytest -m "not real" $(TWO)
 REAL := $(VENV) -m pytest -m "real and not alone" $(TWO)
 ALONE := $(VENV) -m pytest -m alone
 
-.PHONY: help setup test lint types unit real docs
+.PHONY: help setup test lint types unit real docs torture
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make or mend .venv, with the developers' tools
 	@$(PYTHON) -m training.setup_venv --dev
@@ -32,3 +32,6 @@ real: setup  ## the whole command and DeepSpeed's launcher, on real input
 
 docs: setup  ## regenerate the generated pages of docs/
 	$(VENV) -m training.documentation
+
+torture: setup  ## every row of docs/reliability.md at its full count (hours); its figures go to benchmarks/results
+	ELITE_TORTURE=long $(VENV) -m pytest tests/torture -p no:xdist --durations=10

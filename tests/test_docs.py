@@ -76,5 +76,5 @@ def test_every_source_file_named_exists(page):
 def test_generated_pages_are_up_to_date(name):
     from training.documentation import PAGES as pages
 
-    assert len(pages) == 6
+    assert len(pages) == 7
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages[name](), "run `make docs`"
