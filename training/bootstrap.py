@@ -32,7 +32,7 @@ Usage: python3 elite_train.py [OPTIONS] [profile|plan|dataset|resume|runs|report
   --config FILE       YAML of settings       --set KEY=VALUE     one setting, repeatable
   --dry-run           stop after the plan    --json              one JSON document on standard output
   --anyway            even if it does not fit --no-setup         never install anything
-  --help              this text, in full once set up
+  --allow-change KEY  resume although it changed --help          this text, in full once set up
 """
 
 

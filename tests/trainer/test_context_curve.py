@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +13,7 @@ from tests.stores import make_store
 from training.curve import KINDS, context_lengths, curve_tokens, interval
 from training.errors import StoppedByUser
 from training.records import Quality, from_data, to_data
+from training.rundir import RunDirectory
 from training.settings import Config
 from training.trainer import context_curve, phases
 from training.trainer.evaluation import evaluate
@@ -250,6 +250,7 @@ def test_a_run_reads_the_ends_before_training_and_the_whole_curve_after_it(monke
     monkeypatch.setattr(phases.evaluation, "evaluate", evaluate_)
     for phase in ("evaluate_before", "train", "evaluate_after"):
         engine = SimpleNamespace(share=lambda value: value, device=CPU, evaluates_together=False,
+                                 captures_alone=False,
                                  on_model=lambda work, phase=phase: work(phase))
         journal = SimpleNamespace(evaluation_at=lambda step, weights: None, evaluation=ignore)
         training = SimpleNamespace(engine=engine, journal=journal, store=None, loss_function=None,
@@ -264,11 +265,9 @@ def test_a_run_reads_the_ends_before_training_and_the_whole_curve_after_it(monke
 def test_the_curve_goes_through_the_journal_and_the_record(tmp_path):
     curve = measured(context_curve.whole([0, 1, 2], KINDS, 160))
 
-    class Run:
-        evaluations = Path(tmp_path / "evaluations.jsonl")
-
-    Journal(Run).evaluation({"step": 3, "context_curve": curve})
-    assert Journal(Run).evaluation_at(3)["context_curve"] == curve
+    run = RunDirectory(tmp_path)
+    Journal(run).evaluation({"step": 3, "context_curve": curve})
+    assert Journal(run).evaluation_at(3)["context_curve"] == curve
     quality = Quality(loss=1.0, bits_per_byte=1.0, context_curve=curve)
     assert from_data(Quality, json.loads(json.dumps(to_data(quality)))) == quality
     assert from_data(Quality, {"loss": 1.0, "bits_per_byte": 1.0}).context_curve is None
