@@ -185,8 +185,12 @@ def live_bytes(run):
     inside the trace it would count as less."""
     gc.collect()
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds, profile_memory=True) as trace:
-        run()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=kinds, profile_memory=True) as trace:
+            run()
+    finally:
+        gc.enable()
     now = most = 0
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
