@@ -150,12 +150,16 @@ def test_stops_reach_every_rank_and_leave_none(tmp_path, number, code):
 
 
 @pytest.mark.real
-def test_the_death_of_the_launcher_ends_its_ranks(tmp_path):
+def test_the_death_of_the_launcher_ends_its_ranks_and_they_are_started_again(tmp_path):
     run = make_run(tmp_path / "run", ZERO_2)
     command = start_command(run, FAKE_STEPS=100_000)
     wait_for(trained(run), 60)
-    leader = next(pid for pid in trainers(run) if psutil.Process(pid).ppid() == command.pid)
+    first = trainers(run)
+    leader = next(pid for pid in first if psutil.Process(pid).ppid() == command.pid)
     os.kill(leader, signal.SIGKILL)
-    assert command.wait(20) == 75
+    wait_for(lambda: "restart 1 of 3 without progress" in out(run), 20, "the restart")
+    assert not set(first) & set(trainers(run))
+    wait_for(lambda: trainers(run), 20, "the new trainer")
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(60) == 75
     assert trainers(run) == []
-    assert "Something outside ended the trainer with SIGKILL" in out(run)
