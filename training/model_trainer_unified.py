@@ -40,6 +40,8 @@ def prepare_environment() -> None:
     # DeepSpeed calls `ninja` to build an op; it lies beside the interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A bar that cannot be written to a log on a full disk would end a finished training.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the base model was fetched before the training
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

@@ -169,3 +169,20 @@ def test_time_in_which_the_command_itself_was_stopped_does_not_count(tmp_path):
     assert not watch.hung
     pass_by(watch, clock, 5)
     assert watch.hung
+
+
+def test_steps_of_an_earlier_session_say_nothing_of_the_first_ones_of_this(tmp_path):
+    """A first step compiles and warms up: five of this session's own are waited for."""
+    run, clock = RunDirectory(tmp_path), Clock()
+    run.metrics.write_text(ROWS * 10)
+    watch = Monitor(run, clock)
+    beat(run)
+    assert watch.poll().detail.startswith("loss 7.02")
+    assert watch.limit_s == 1800
+    run.metrics.write_text(ROWS * 4)  # rewound to a checkpoint
+    watch.poll()
+    assert watch.limit_s == 1800
+    with run.metrics.open("a") as file:
+        file.write(ROWS * 3)
+    watch.poll()
+    assert watch.limit_s == 60

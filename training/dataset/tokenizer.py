@@ -188,7 +188,7 @@ def _special(folder: Path, name: str) -> str:
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             value = json.loads((folder / file).read_text(encoding="utf-8")).get(name)
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str) and value:

@@ -195,6 +195,9 @@ class Monitor:
         self.rows: deque[dict[str, Any]] = deque(maxlen=SMOOTHED_STEPS)
         self.heartbeat: Heartbeat | None = None
         self._tail = Tail(run.metrics)
+        earlier = self._tail.read()[1]  # sessions whose speed says nothing of this one's first steps
+        self.rows.extend(earlier)
+        self.forecast.add(earlier)
         self._changed = now()
 
     def poll(self) -> Update:
@@ -205,7 +208,8 @@ class Monitor:
             self.forecast.clear()
         self.rows.extend(rows)
         self.forecast.add(rows)
-        self._steps_s.extend(step_s for row in rows if (step_s := speed([row])[1]))
+        if not restarted:  # then the rows are those of earlier sessions, written anew
+            self._steps_s.extend(step_s for row in rows if (step_s := speed([row])[1]))
         beat, now = self._read_heartbeat(), self.now()
         if rows or (beat is not None and beat != self.heartbeat) or now - self._polled > ASLEEP_S:
             self._changed = now

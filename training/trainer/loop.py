@@ -115,6 +115,7 @@ class Training:
                 traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
                 self.engine.discard()
                 self._save_or_warn(regular=False)
+                self.heartbeat.beat("train", self.progress.step, self.steps)  # where it ran out
             raise
 
     def _after_step(self) -> None:
