@@ -181,8 +181,8 @@ def test_sliding_windows_shorten_the_attention(monkeypatch):
 
 
 def live_bytes(run):
-    """Most bytes alive at once, from the profiler's allocations. What earlier tests left goes first: freed
-    inside the trace it would count as less."""
+    """Most bytes alive at once of what a call allocates. What was there before and is freed inside it does
+    not count; nothing is collected meanwhile, so that each call of the same kind has the same figure."""
     gc.collect()
     kinds = [torch.profiler.ProfilerActivity.CPU]
     gc.disable()
@@ -191,10 +191,15 @@ def live_bytes(run):
             run()
     finally:
         gc.enable()
-    now = most = 0
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+    events = list(trace.profiler.kineto_results.experimental_event_tree())
+    for event in events:
+        events.extend(event.children)
+    live, most, now = {}, 0, 0
+    for event in sorted((e for e in events if e.name == "[memory]"), key=lambda e: e.start_time_ns):
+        size, place = event.extra_fields.alloc_size, event.extra_fields.ptr
+        now += size if size > 0 else -live.pop(place, 0)
+        if size > 0:
+            live[place] = size
         most = max(most, now)
     return most
 

@@ -23,7 +23,15 @@ def norm_distance(found, expected):
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "Phi", "Qwen3", "GPT2"])
 @pytest.mark.parametrize("policy", [{}, {"mlp_tokens": 3}, {"attention": "keep", "keep_every": 2}], ids=str)
 def test_autocast_reaches_the_backward_pass(family, policy):
-    """As near to float32 as eager under the same autocast is; and not float32 itself."""
+    """As near to float32 as eager under the same autocast is; and not float32 itself. The middle of three
+    random models: of 1,200 Gemma 3 one was 3.0 times as far as eager, and for one eager was."""
+    ratios = sorted(autocast_distances(family, policy) for _ in range(3))
+    assert ratios[1][0] < 2
+    assert sorted(between for _, between in ratios)[1] < 2
+
+
+def autocast_distances(family, policy):
+    """Of the streamed gradients to float32's and to eager's, as multiples of eager's to float32's."""
     model = make(family, torch.float32)
     ids, labels = tokens(1, 19)
     exact = plain(model, ids, labels)
@@ -34,10 +42,10 @@ def test_autocast_reaches_the_backward_pass(family, policy):
         loss = step(ids, labels)
     loss.backward()  # outside of the context, as training loops do it
     found = Found(loss.detach(), {name: p.grad for name, p in model.named_parameters()})
-    off = norm_distance(eager, exact)
-    assert 1e-4 < norm_distance(found, exact) < 2 * off
-    assert norm_distance(found, eager) < 2 * off
     assert all(grad.dtype == torch.float32 for grad in found.grads.values())
+    assert norm_distance(found, exact) > 1e-4
+    off = norm_distance(eager, exact)
+    return norm_distance(found, exact) / off, norm_distance(found, eager) / off
 
 
 def test_gradients_add_up_over_steps():

@@ -1,5 +1,7 @@
 """The trainer's streamed loss: its policy, its types, what it refuses, and what surrounds plain calls."""
 
+import math
+
 import pytest
 import torch
 from checkpoints import make_tiny_checkpoint
@@ -67,8 +69,11 @@ def test_the_plain_step_keeps_the_bases_dropout(base):
     assert loading.load(config, Dataset(), CPU).model.config.attention_dropout == 0.1
 
 
-@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.05), ("float16", 0.01)])
-def test_the_streamed_loss_has_the_plain_loss_and_gradients(base, tmp_path, dtype, close):
+@pytest.mark.parametrize(("dtype", "close", "each"), [("float32", 1e-5, 1e-5), ("bfloat16", 0.02, 0.15),
+                                                      ("float16", 0.003, 0.02)])
+def test_the_streamed_loss_has_the_plain_loss_and_gradients(base, tmp_path, dtype, close, each):
+    """As a whole and each. (The gradients of a key's bias cancel: of 300 random windows the bfloat16 ones
+    were up to 0.061 apart, the plain step's own up to 0.061 from float32; all together up to 0.0125.)"""
     config, found = loaded(base, model__dtype=dtype)
     model = found.model.eval()
     ids = torch.randint(300, (2, 33))
@@ -76,8 +81,10 @@ def test_the_streamed_loss_has_the_plain_loss_and_gradients(base, tmp_path, dtyp
     value, given = gradients(streaming.StreamedLoss(model, config, tmp_path, CPU), model, ids)
     assert value == pytest.approx(plain, rel=close)
     assert given.keys() == expected.keys() == dict(model.named_parameters()).keys()
-    for name, gradient in given.items():
-        assert torch.norm(gradient - expected[name]) <= close * torch.norm(expected[name]), name
+    off = {name: float(torch.norm((given[name] - expected[name]).double())) for name in given}
+    sizes = {name: float(torch.norm(expected[name].double())) for name in given}
+    assert math.hypot(*off.values()) <= close * math.hypot(*sizes.values())
+    assert {name: off[name] / sizes[name] for name in off if off[name] > each * sizes[name]} == {}
 
 
 def test_a_window_without_targets_gives_every_parameter_a_gradient_of_zero(base, tmp_path):
