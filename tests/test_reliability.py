@@ -31,11 +31,14 @@ def test_a_row_names_a_test_that_exists_or_says_why_there_is_none(row):
 def test_the_page_shows_what_was_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(reliability_tables, "RESULTS", tmp_path)
     assert "No full count was made yet." in reliability_tables.page()
-    (tmp_path / "reliability-2026-01-01.json").write_text(json.dumps({
-        "date": "2026-01-01", "cores": 2, "rows": {"1": {"passed": 199, "of": 200, "note": "one | torn"}}}))
+    one = {"passed": 199, "of": 200, "note": "one | torn"}
+    other = {"passed": 1, "of": 200, "note": ""}
+    for date, tests in (("2026-01-01", {"a": other, "b": other}), ("2026-01-02", {"a": one})):
+        made = {"date": date, "cores": 2, "rows": {"1": tests}}
+        (tmp_path / f"reliability-{date}.json").write_text(json.dumps(made))
     page = reliability_tables.page()
-    assert "Counted on 2026-01-01, 2 CPU cores." in page
-    assert "| 199 of 200; one / torn |" in page
+    assert "Counted on 2026-01-01 (2 CPU cores), 2026-01-02 (2 CPU cores)." in page
+    assert "| 200 of 400; one / torn |" in page
 
 
 def test_a_row_that_lacks_a_field_or_comes_twice_is_refused(monkeypatch, tmp_path):

@@ -91,6 +91,12 @@ def test_a_file_that_is_no_configuration_gets_one_line(tmp_path, text, words):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_name_of_two_lines_is_told_in_one(tmp_path):
+    with pytest.raises(MissingInput) as caught:
+        read_yaml(tmp_path / "none\nTraining is done.yaml")
+    assert "none<U+000A>Training is done.yaml" in str(caught.value)
+
+
 def test_a_missing_file_is_missing_input(tmp_path):
     with pytest.raises(MissingInput, match="No such file"):
         read_yaml(tmp_path / "none.yaml")

@@ -13,7 +13,7 @@ from training.configuration import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([ROOT / "elite_train.py", *(ROOT / "training").rglob("*.py")])
-BASICS = {"records", "rundir", "settings", "errors", "keys"}
+BASICS = {"records", "rundir", "settings", "errors", "keys", "texts"}
 START = {"bootstrap", "setup_venv", "pipview"}
 # Each room and the rooms it may import. `training.x` and `training.x.y` are both room x.
 ARROWS = {
@@ -21,7 +21,8 @@ ARROWS = {
     "records": {"errors"},
     "rundir": {"errors", "records"},
     "keys": set(),
-    "settings": {"errors", "keys"},
+    "texts": set(),
+    "settings": {"errors", "keys", "texts"},
     "bootstrap": {"setup_venv"},
     "pipview": set(),
     "setup_venv": {"bootstrap", "pipview", "errors"},
@@ -33,7 +34,7 @@ ARROWS = {
     "weights": BASICS,
     "models": BASICS | {"shapes", "weights"},
     "configuration": BASICS,
-    "console": {"records", "rundir", "errors"},
+    "console": {"records", "rundir", "errors", "texts"},
     "hardware": BASICS,
     "dataset": BASICS | {"curve", "expectations"},
     "manager": BASICS | {"configuration"},

@@ -10,7 +10,8 @@ from typing import Any
 
 from training.records import HardwareProfile, Plan
 from training.rundir import RunDirectory, write_record, write_text
-from training.settings import KEYS, SECTIONS, Config, read_yaml, without_password
+from training.settings import KEYS, SECTIONS, Config, read_yaml
+from training.texts import without_password
 
 
 class ConfigurationManager:

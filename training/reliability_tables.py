@@ -60,20 +60,25 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def newest() -> dict[str, Any]:
-    """The newest full count, or nothing."""
-    found = sorted(RESULTS.glob("reliability-*.json"))
-    return json.loads(found[-1].read_text(encoding="utf-8")) if found else {"rows": {}}
+def counted() -> tuple[dict[str, dict[str, Any]], str]:
+    """Of each row the newest figures of each test, and when and where they were counted."""
+    found: dict[str, dict[str, Any]] = {}
+    places = []
+    for path in sorted(RESULTS.glob("reliability-*.json")):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        places.append(f"{made['date']} ({made['cores']} CPU cores)")
+        for row, tests in made["rows"].items():
+            found.setdefault(row, {}).update(tests)
+    return found, ", ".join(places)
 
 
 def page() -> str:
     """docs/reliability.md."""
-    counts = newest()
-    counted = (f"Counted on {counts['date']}, {counts['cores']} CPU cores." if counts["rows"] else
-               "No full count was made yet.")
-    parts = [f"## {title}\n\n{_table(section, counts['rows'])}\n" for title, section in
+    counts, places = counted()
+    parts = [f"## {title}\n\n{_table(section, counts)}\n" for title, section in
              ((SECTIONS[name], section) for name, section in rows().items()) if section]
-    return PAGE.format(counted=counted, sections="\n".join(parts))
+    when = f"Counted on {places}." if counts else "No full count was made yet."
+    return PAGE.format(counted=when, sections="\n".join(parts))
 
 
 def _table(section: list[dict[str, Any]], counts: dict[str, Any]) -> str:
@@ -85,8 +90,7 @@ def _table(section: list[dict[str, Any]], counts: dict[str, Any]) -> str:
 
 
 def _counted(row: dict[str, Any], counts: dict[str, Any]) -> str:
-    found = counts.get(str(row["row"]))
-    if found:
-        note = f"; {found['note']}" if found["note"] else ""
-        return f"{found['passed']:,} of {found['of']:,}{note}"
+    if found := list(counts.get(str(row["row"]), {}).values()):
+        notes = "".join(f"; {each['note']}" for each in found if each["note"])
+        return f"{sum(each['passed'] for each in found):,} of {sum(each['of'] for each in found):,}{notes}"
     return f"a test, not counted: `{row['test']}`" if row["test"] else "not counted"

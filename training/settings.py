@@ -20,6 +20,7 @@ from training.keys import BY_NAME as BY_NAME
 from training.keys import KEYS as KEYS
 from training.keys import SECTIONS as SECTIONS
 from training.keys import Key as Key
+from training.texts import in_one_line
 
 MAX_CONFIG_BYTES = 1 << 18
 MAX_DEPTH, MAX_NODES, MAX_CHARACTERS = 16, 5_000, 8_192     # of a YAML text; characters of one value
@@ -186,15 +187,6 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
 )
 
 
-def without_password(text: str) -> str:
-    """A text whose URLs have no user and password, for messages, manifests and reports.
-
-    >>> without_password("https://me:token@example.org/a.git")
-    'https://example.org/a.git'
-    """
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
-
-
 def most_targets(values: Mapping[str, Any]) -> int:
     """The most tokens of one window that are trained on: all of a window of a dense kind, if any is made. A
     share that is left out counts as 0.
@@ -277,25 +269,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises MissingInput when it cannot be read, UsageError when it is no YAML mapping.
     """
+    name = in_one_line(path)
     try:
         size_bytes = path.stat().st_size
         if size_bytes > MAX_CONFIG_BYTES:
-            raise UsageError(f"{path} is {size_bytes:,} bytes; a configuration has at most "
+            raise UsageError(f"{name} is {size_bytes:,} bytes; a configuration has at most "
                              f"{MAX_CONFIG_BYTES:,}.")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise MissingInput(f"Cannot read the configuration {path}: {error.strerror}.") from error
+        raise MissingInput(f"Cannot read the configuration {name}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    return flatten(_parse(text, path), path)
+        raise UsageError(f"{name} is not UTF-8 text (byte {error.start}).") from error
+    return flatten(_parse(text, name), name)
 
 
-def _parse(text: str, path: Path) -> Any:
+def _parse(text: str, name: str) -> Any:
     try:
         return _plain_data(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{path} is not valid YAML: {reason}.") from error
+        raise UsageError(f"{name} is not valid YAML: {reason}.") from error
 
 
 def _plain_data(text: str) -> Any:
@@ -308,12 +301,12 @@ def _plain_data(text: str) -> Any:
         raise yaml.YAMLError(f"a value is not what it says it is ({str(error)[:100]})") from error
 
 
-def flatten(data: Any, path: Path) -> dict[str, Any]:
+def flatten(data: Any, source: str) -> dict[str, Any]:
     """Nested sections as dotted names. UsageError when the top is no mapping or a name stands twice."""
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise UsageError(f"{path} holds a {type(data).__name__}; a configuration is a mapping such as "
+        raise UsageError(f"{source} holds a {type(data).__name__}; a configuration is a mapping such as "
                          "`training: {epochs: 2}`.")
     flat: dict[str, Any] = {}
     for name, value in data.items():
@@ -321,6 +314,6 @@ def flatten(data: Any, path: Path) -> dict[str, Any]:
         for key, item in inner:
             dotted = f"{name}.{key}" if key is not None else name
             if dotted in flat:
-                raise UsageError(f"{path}: {dotted} is given twice.")
+                raise UsageError(f"{source}: {dotted} is given twice.")
             flat[dotted] = item
     return flat

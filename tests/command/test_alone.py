@@ -52,11 +52,35 @@ def test_repo_given_again_means_more_repositories():
 def test_all_are_read_and_found_again_from_any_folder(here):
     survey = Survey()
     made = request.check(Choices(repo=["one", "two"], set=["dataset.replay=more"]), survey, claim=False)
-    assert survey.asked == (["one", str(here / "two")],)
+    assert survey.asked == (["one", "two"],)
     assert made.request.repo == str(here / "one")
     assert made.request.settings["dataset.also"] == [str(here / "two")]
     assert made.request.settings["dataset.replay"] == str(here / "more")
     assert made.output == places.RUNS / "one"
+
+
+def test_a_login_clones_and_is_not_kept(here, monkeypatch):
+    """Of each repository but the first, whose clone's folder is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    tree, logins, ran = here / "more", [], request.checkout.run_git
+    for line in ("init -q", "add .", "-c user.name=n -c user.email=e commit -qm a"):
+        assert ran(line.split(), tree, 10).returncode == 0
+
+    def from_there(line, folder, timeout_s, protocols=(), login=None):
+        if line[0] == "clone":
+            logins.append(login and login.password)
+        line = [tree.as_uri() if word.startswith("https://") else word for word in line]
+        return ran(line, folder, timeout_s, protocols, login)
+
+    monkeypatch.setattr(request.checkout, "run_git", from_there)
+    urls = [f"https://me:s3cret@forge.example/{name}.git" for name in ("a", "b")]
+    choices = Choices(repo=["one", urls[0]], set=[f"dataset.replay={urls[1]}"])
+    settings = request.check(choices, lambda repos: Survey()(repos[1:]), claim=False).request.settings
+    assert settings["dataset.also"] == ["https://forge.example/a.git"]
+    assert settings["dataset.replay"] == "https://forge.example/b.git"
+    assert logins == ["s3cret", "s3cret"]
+    for url in (*settings["dataset.also"], settings["dataset.replay"]):
+        assert (request.checkout.locate(url, refresh=False) / "a.py").is_file()
 
 
 def test_one_repository_is_read_with_the_limit_that_was_set(here):
@@ -69,7 +93,7 @@ def test_every_repository_that_is_not_there_is_told_with_the_rest(here):
     choices = Choices(repo=["one", "gone", "ftp://x/y", "./one"], epochs=0)
     assert words(lambda: request.check(choices, Survey(), claim=False)) == [
         "--epochs: training.epochs is 0; the least is 1.",
-        f"The repository {here / 'gone'} does not exist; give a folder or a git URL.",
+        "The repository gone does not exist; give a folder or a git URL.",
         "ftp://x/y: ftp:// is not supported; use one of https, ssh, git, file.",
         f"The repository {here / 'one'} is given twice; leave one out."]
     assert words(lambda: request.check(Choices(repo=["one"], set=["dataset.replay=gone"]), Survey(),

@@ -20,6 +20,7 @@ def raising(error):
 @pytest.mark.parametrize(("error", "code", "said"), [
     (UsageError("a"), 2, "a\n"),
     (Problems([DataError("b"), CannotWrite("c")]), 65, "b\nc\n"),
+    (MissingInput("No \x1b]8;;http://x\x07file\u202e.py"), 66, "No <U+001B>]8;;http://x<U+0007>file<U+202E>.py\n"),
     (KeyboardInterrupt(), 130, "Stopped by Ctrl+C. Nothing was written.\n"),
     (BrokenPipeError(), 0, ""),
 ])

@@ -10,13 +10,13 @@ from repositories import EMAIL_PACKAGE, FUNCTION, JSON_PACKAGE, make, settings, 
 
 from training.dataset import DatasetGenerator, WindowStore, making, staging
 from training.dataset import corpus as corpora
-from training.dataset.sources.checkout import without_password
 from training.dataset.sources.repository import list_repository
 from training.dataset.structure.edges import parse_python
 from training.dataset.structure.syntax import Import
 from training.dataset.tokenizer import open_folder, train_embedded
 from training.errors import CannotWrite, DataError, UsageError
 from training.records import BaseModel, ModelShape
+from training.texts import without_password
 
 SHAPE = ModelShape(family="llama", hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8, intermediate=8,
                    vocab=500,

@@ -9,13 +9,14 @@ from repositories import FUNCTION, git, read_tree, write_tree
 
 from training.dataset import DatasetGenerator
 from training.dataset.sources import checkout, filters, gitlog, history, reasons
-from training.dataset.sources.checkout import check_url, locate, without_password
+from training.dataset.sources.checkout import check_url, locate
 from training.dataset.sources.filters import verdict_on_name, verdict_on_text
 from training.dataset.sources.languages import of_name, of_shebang
 from training.dataset.sources.listing import MAX_FOLDER_DEPTH
 from training.dataset.sources.repository import Counts, Dropped, advice, check, list_repository
 from training.dataset.sources.texts import decode, notebook_text
 from training.errors import DataError, MissingInput, UsageError
+from training.texts import without_password
 
 CODE = FUNCTION.format(name="code")
 

@@ -1,8 +1,6 @@
 """What a text says about itself: imports, names, package, whole nodes, skeleton; in bounded time."""
 
 import ast
-import doctest
-import importlib
 import resource
 import subprocess
 import sys
@@ -309,11 +307,6 @@ def test_any_text_has_a_structure_and_the_same_one_twice(text, language):
     assert len(one.skeleton) <= 0.6 * len(text) + 1
     size = len(text.encode("utf-8", "replace"))
     assert ((one.spans >= 0) & (one.spans <= size)).all()
-
-
-@pytest.mark.parametrize("name", ["edges", "grammars", "pairing", "resolvers", "syntax", "textual", "worker"])
-def test_the_examples_in_the_documentation_are_true(name):
-    assert doctest.testmod(importlib.import_module(f"training.dataset.structure.{name}")).failed == 0
 
 
 @pytest.mark.parametrize(("tree", "paths"), [

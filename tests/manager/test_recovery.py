@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from run_factory import FAKE, make_run
 
-from training.errors import CannotWrite, DataError, DoesNotFit, EliteError, Interrupted
+from training.errors import CannotWrite, DataError, DoesNotFit, EliteError, Interrupted, StoppedByUser
 from training.manager import monitor, outcome
 from training.manager.manager import TrainingManager
 from training.manager.monitor import read_rows
@@ -75,6 +78,26 @@ def test_a_killed_trainer_is_started_again(tmp_path):
     result, told = train(run, "killed_once")
     assert result.state == "done"
     assert told == ["the trainer was killed after step 3; restart 1 of 3 without progress"]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, StoppedByUser), (signal.SIGTERM, Interrupted)])
+def test_a_stop_before_a_restart_ends_the_wait_and_the_run(tmp_path, monkeypatch, number, error):
+    run = make_run(tmp_path / "run")
+    manager = TrainingManager(run.path, script=FAKE, pauses_s=(60.0,))
+    began, handler = time.monotonic(), signal.getsignal(number)
+
+    def asked(phase, *told):
+        if phase == "restart":
+            threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+
+    monkeypatch.setenv("FAKE", "killed_once")
+    with pytest.raises(error, match="after step 3"):
+        manager.train(asked)
+    assert time.monotonic() - began < 15
+    assert starts(run) == 1
+    assert json.loads(run.result.read_text())["state"] == "interrupted"
+    assert signal.getsignal(number) is handler
+    assert train(run, "done")[0].state == "done"
 
 
 def test_a_crash_loop_ends_after_exactly_three_restarts(tmp_path):

@@ -327,19 +327,6 @@ def test_planning_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["activations", "convergence", "fitting", "limits", "memory", "outlook",
-                                    "streaming", "tiers", "timing", "tuning.advanced", "tuning.search"])
-def test_the_examples_in_the_formulas_hold(module):
-    import doctest
-    import importlib
-
-    from training import shapes
-    tested = doctest.testmod(importlib.import_module(f"training.planning.{module}"))
-    assert tested.failed == 0
-    assert tested.attempted > 0
-    assert doctest.testmod(shapes).failed == 0
-
-
 def test_a_described_machine_has_no_measured_choices():
     described = from_preset(presets.load("rtx-4090"))
     request = Request(repo="x", output="x", model_name="x", base_model="qwen2.5-coder-7b")

@@ -180,14 +180,7 @@ def test_a_third_ctrl_c_ends_a_trainer_that_hears_nothing(tmp_path, matrix):
         start = time.monotonic()
         passed += command.wait(20) == 130 and not own(run.path) and gone(run)
         passed -= time.monotonic() - start > 5
-    add(matrix, 31, passed, tries, "a third SIGINT kills the group")
-
-
-def add(matrix, row, passed, of, note):
-    """Add to what another test found for the same row."""
-    found = matrix.rows.get(str(row), {"passed": 0, "of": 0, "note": ""})
-    notes = "; ".join(filter(None, (found["note"], note)))
-    matrix.record(row, found["passed"] + passed, found["of"] + of, notes)
+    matrix.record(31, passed, tries, "a third SIGINT kills the group")
 
 
 def test_a_killed_command_takes_every_process_along(tmp_path, matrix):
@@ -243,7 +236,7 @@ def test_a_lost_terminal_or_reader_does_not_end_the_training(tmp_path, matrix):
         for run, command in commands.ready():
             command.wait(60)
             passed += state(run) == "done" and run.log.exists() and not own(run.path)
-    add(matrix, 37, passed, 3 * tries, "terminal closed, reader gone, standard output closed")
+    matrix.record(37, passed, 3 * tries, "terminal closed, reader gone, standard output closed")
 
 
 def test_a_pipe_that_nobody_reads_holds_up_neither_training_nor_stop(tmp_path, matrix):
@@ -266,7 +259,7 @@ def test_a_pipe_that_nobody_reads_holds_up_neither_training_nor_stop(tmp_path, m
             assert command.poll() is None
             told = drained(readers[commands.runs.index(run)])
             passed += command.wait(20) == code and (not code or "Interrupted" in told())
-    add(matrix, 37, passed, 2 * tries, "full pipe: to the end, and stopped")
+    matrix.record(37, passed, 2 * tries, "full pipe: to the end, and stopped")
 
 
 def test_a_stopped_trainer_or_machine_is_no_hang(tmp_path, matrix):
@@ -303,7 +296,7 @@ def test_a_hang_is_found_its_stacks_kept_and_the_run_goes_on(tmp_path, matrix):
         line = read_rows(run.recovery)[0]
         passed += (code == 0 and line["kind"] == "hung" and limit_s <= line["time"] - began < limit_s + 30
                    and "in act_at" in run.log.read_text() and state(run) == "done")
-    add(matrix, 39, passed, tries, f"detected within {limit_s:.0f} + 30 s")
+    matrix.record(39, passed, tries, f"detected within {limit_s:.0f} + 30 s")
 
 
 def test_steps_of_very_different_lengths_are_no_hang(tmp_path, matrix):
@@ -331,7 +324,7 @@ def test_steps_of_very_different_lengths_are_no_hang(tmp_path, matrix):
             monitor.poll()
         assert len(slow) > LEARNED_STEPS
         passed += not alarms and now[0] - began <= limit_s + 30
-    add(matrix, 39, passed, tries, "no false alarm with tenfold jitter, and the hang after it found")
+    matrix.record(39, passed, tries, "no false alarm with tenfold jitter, and the hang after it found")
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +406,7 @@ def test_a_second_interrupt_in_a_save_ends_at_once_and_tears_nothing(tmp_path, m
         good = job.wait() == [130] and time.monotonic() - start < 2
         newest, skipped = checkpoints.newest_valid(run)
         passed += good and newest.name == "checkpoint-4" and not skipped and ends_with(run, digest)
-    add(matrix, 31, passed, tries, "a second SIGINT in the middle of a save")
+    matrix.record(31, passed, tries, "a second SIGINT in the middle of a save")
 
 
 @pytest.mark.real
@@ -466,7 +459,7 @@ def test_the_real_trainer_under_the_command_ends_with_the_same_weights(tmp_path,
             assert good, (way, code, (run / "command.out").read_text()[-2000:])
             passed[way] += good
     for row, way in matrix.count((), ((30, "SIGINT"), (32, "SIGTERM"), (35, "SIGKILL"))):
-        add(matrix, row, passed[way], tries, "the real trainer")
+        matrix.record(row, passed[way], tries, "the real trainer")
     matrix.record(36, passed["trainer"], tries, "SIGKILL of the real trainer: started again, same digest")
 
 

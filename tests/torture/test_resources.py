@@ -33,8 +33,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 real = pytest.mark.real
 STEPS = list(range(1, 13))
-# The exported model is planned beside a checkpoint on the way, and comes after the last one: 8 %.
-MOST_OFF = 0.1
+# Of the room a run takes at most.
+MOST_OFF = 0.05
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,10 +73,11 @@ def test_a_training_on_a_disk_of_any_size_keeps_what_it_saved_and_ends_in_the_sa
                                       *(f"inodes={count}" for count in inodes),
                                       *(f"logs={step}" for step in rooms), "logs=99"])
     by_kind = {kind: [line for line in found if line["kind"] == kind] for kind in ("bytes", "inodes", "logs")}
-    told = [line["told"] for kind in ("bytes", "inodes") for line in by_kind[kind] if line["told"]]
+    ways = {"bytes": r"It takes [\d.,]+ MiB and [\d.,]+ MiB is free; free some room",
+            "inodes": r"the disk can hold no more files, whatever their size .*; delete some"}
     assert {bool(line["told"]) for line in by_kind["bytes"]} == {True, False}, "some held all, some did not"
-    assert all(re.search(r"It takes [\d.,]+ MiB and [\d.,]+ MiB is free; free some room", text)
-               for text in told)
+    assert [line["told"] for kind, way in ways.items() for line in by_kind[kind]
+            if line["told"] and not re.search(way, line["told"])] == []
     for row, kind in ((45, "bytes"), (47, "inodes"), (48, "logs")):
         lines = by_kind[kind]
         matrix.record(row, sum(not line["faults"] for line in lines), len(lines),
@@ -185,7 +186,7 @@ def test_memory_that_runs_out_in_any_words_makes_the_planned_updates_once_each_w
 
 
 @real
-def test_the_room_that_a_plan_asks_for_is_at_most_a_tenth_more_than_its_run_takes_and_never_less(
+def test_the_room_that_a_plan_asks_for_is_at_most_a_twentieth_more_than_its_run_takes_and_never_less(
         matrix, with_dataset, tmp_path):
     """One more than is kept, and the best one, which lies further back."""
     sizes = [(64, 2), (128, 3), (192, 3), (256, 2)][-matrix.count(1, 3):]

@@ -31,13 +31,6 @@ PATIENCE_S = 300
 COMPARED = ("step", "epoch", "loss", "lr", "grad_norm", "tokens")
 
 
-def record(matrix, row, passed, of, note):
-    """Add to what another test found for the same row."""
-    found = matrix.rows.get(str(row), {"passed": 0, "of": 0, "note": ""})
-    matrix.record(row, found["passed"] + passed, found["of"] + of, "; ".join(filter(None, (found["note"],
-                                                                                           note))))
-
-
 def rows(path):
     """What metrics.jsonl says of the course of a training."""
     return [tuple(line[name] for name in COMPARED) for line in read_lines(path / "metrics.jsonl")]
@@ -88,7 +81,7 @@ def test_a_stop_in_any_micro_batch_of_any_update_changes_no_bit(tmp_path, matrix
     ends = [each for each in ends if each]
     assert len(ends) > (whole.steps - 1) * (accumulation - 1) / 2
     passed, tried = sum(equal(whole, each) for each in ends), len(ends)
-    record(matrix, 20, passed, tried, f"stopped in each micro-batch of {accumulation}")
+    matrix.record(20, passed, tried, f"stopped in each micro-batch of {accumulation}")
 
 
 class Reader(nn.Module):
@@ -138,7 +131,7 @@ def test_dropout_accumulation_and_packing_resume_bit_for_bit(tmp_path, matrix, w
                 whole.train()
                 ended = [in_two(make, cell / str(step), step) for step in matrix.count([4], range(1, 7))]
                 tried, passed = tried + 1, passed + all(equal(whole, each) for each in ended)
-    record(matrix, 21, passed, tried, "dropout 0 and 0.2, accumulation 1 and 4, packing on and off")
+    matrix.record(21, passed, tried, "dropout 0 and 0.2, accumulation 1 and 4, packing on and off")
 
 
 class Masking(FakeStore):
@@ -170,7 +163,7 @@ def test_windows_that_are_drawn_on_the_way_are_the_same_after_a_resume(tmp_path,
     again = {at: WindowStore.open(store.path).window("train", at[1], 7, at[0]) for at in asked[:40]}
     assert all(np.array_equal(first[at], again[at]) for at in again)
     assert any(not np.array_equal(first[0, i], first[1, i]) for i in range(store.count("train")))
-    record(matrix, 22, passed, len(steps), "masks from the window's place and from all global generators")
+    matrix.record(22, passed, len(steps), "masks from the window's place and from all global generators")
 
 
 def other_value(name, values):
@@ -222,7 +215,7 @@ def test_every_key_that_decides_is_refused_by_its_name(tmp_path, matrix):
     dealt = Config({**config, "training.micro_batch": 1, "training.accumulation": 4})
     assert training_of(path, dealt).progress.step == 2
     assert len(alone) < len(deciding) / 4, alone
-    record(matrix, 23, passed, tried, f"every key that decides; {len(alone)} of them without a run")
+    matrix.record(23, passed, tried, f"every key that decides; {len(alone)} of them without a run")
 
 
 def flipped(path):
@@ -259,7 +252,7 @@ def test_one_changed_bit_of_tokens_tokenizer_or_base_model_is_refused(tmp_path, 
         with pytest.raises(DataError, match=r"The base model's files changed .* --allow-change base"):
             identities.refuse_changes(then, now, "checkpoint-2")
         passed += 1
-    record(matrix, 23, passed, tried, "one bit of each kind of file")
+    matrix.record(23, passed, tried, "one bit of each kind of file")
 
 
 def run_at(with_dataset, path, **settings):
@@ -313,7 +306,7 @@ def test_the_trainer_goes_on_from_each_step_to_the_same_digest(tmp_path, matrix,
         codes, told = train(run)
         passed += (codes == [0] and f"going on from checkpoint-{step}\n" in told
                    and ends_the_same(run, finished))
-    record(matrix, 20, passed, len(steps), "the trainer itself")
+    matrix.record(20, passed, len(steps), "the trainer itself")
 
 
 @pytest.mark.real
@@ -340,7 +333,7 @@ def test_a_change_that_is_allowed_by_name_is_made_and_recorded(tmp_path, matrix,
     assert sorted(line["key"] for line in lines) == sorted(names)
     assert {line["since"] for line in lines} == {"checkpoint-11"}
     assert next((line["before"], line["after"]) for line in lines if "rate" in line["key"]) == (3e-3, 1e-3)
-    record(matrix, 23, 4, 4, "refused all at once by the trainer; allowed by name and recorded")
+    matrix.record(23, 4, 4, "refused all at once by the trainer; allowed by name and recorded")
 
 
 @pytest.mark.real
@@ -361,7 +354,7 @@ def test_two_ranks_then_one_then_two_keep_to_one_curve(tmp_path, matrix, with_da
             checkpoints.drop_after(run, last)
     losses = list(zip(rows(run), rows(whole), strict=True))
     near = [one[2] == pytest.approx(other[2], rel=1e-5) for one, other in losses]
-    record(matrix, 24, sum(near), 6, "loss of each update within 1e-5 of one process's")
+    matrix.record(24, sum(near), 6, "loss of each update within 1e-5 of one process's")
 
 
 @pytest.mark.real
@@ -377,7 +370,7 @@ def test_a_finished_run_is_not_written_to(tmp_path, matrix, finished):
     through_the_command = times() == before
     codes, told = train(run)
     assert "holds a finished run already; nothing is done" in told
-    record(matrix, 25, through_the_command + (codes == [0] and times() == before), 2, "command and trainer")
+    matrix.record(25, through_the_command + (codes == [0] and times() == before), 2, "command and trainer")
 
 
 @pytest.mark.real
@@ -392,7 +385,7 @@ def test_without_a_usable_checkpoint_the_training_starts_at_0_and_says_so(tmp_pa
         assert told.count("is skipped: weights.safetensors is damaged") == (3 if left == "damaged" else 0)
         passed += ("No checkpoint can be used; training starts from step 0." in told
                    and ends_the_same(run, finished))
-    record(matrix, 26, passed, 2, "all deleted; all damaged")
+    matrix.record(26, passed, 2, "all deleted; all damaged")
 
 
 def test_the_best_and_the_newest_checkpoint_outlive_every_rotation(tmp_path, matrix):
@@ -418,7 +411,7 @@ def test_the_best_and_the_newest_checkpoint_outlive_every_rotation(tmp_path, mat
         training.train()
         newest, _ = checkpoints.newest_valid(training.run.path)
         passed += not wrong and checkpoints.step_of(newest) == training.progress.step
-    record(matrix, 27, passed, tries, "save_steps and eval_steps drawn from 1 to 5, one kept")
+    matrix.record(27, passed, tries, "save_steps and eval_steps drawn from 1 to 5, one kept")
 
 
 def resident(pid, name="VmHWM"):
@@ -462,7 +455,7 @@ def test_a_resume_takes_no_more_memory_than_the_training(tmp_path, matrix, with_
     process.communicate()
     resumed = peak_of(run, tmp_path / "log", 0, 9)
     ratio = resumed / steady
-    record(matrix, 28, ratio <= 1.10, 1, f"{resumed / 2**20:.0f} MiB in load and three steps, "
+    matrix.record(28, ratio <= 1.10, 1, f"{resumed / 2**20:.0f} MiB in load and three steps, "
            f"{steady / 2**20:.0f} MiB in steps 3 to 5 of an uninterrupted run: {ratio:.2f}")
 
 
@@ -481,4 +474,4 @@ def test_three_kills_leave_each_row_once_and_as_it_was(tmp_path, matrix, finishe
         codes, _ = train(run)
         before = [line["time"] for line in read_lines(run / "metrics.jsonl")]
         passed += codes == [0] and ends_the_same(run, finished) and before == sorted(before)
-    record(matrix, 29, passed, tries, "step, epoch, loss, rate, norm and tokens of each row")
+    matrix.record(29, passed, tries, "step, epoch, loss, rate, norm and tokens of each row")

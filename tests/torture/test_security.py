@@ -260,8 +260,15 @@ TEMPLATES = ("{% for a in range(10**9) %}{% for b in range(10**9) %}x{% endfor %
 
 
 def test_no_chat_template_is_ever_rendered(tmp_path, base, store, monkeypatch, matrix):
-    compiled, safe = [], 0
-    monkeypatch.setattr(jinja2.Environment, "compile", lambda self, *_, **__: compiled.append(self))
+    compiled, safe, compile_plain = [], 0, jinja2.Environment.compile
+
+    def compiling(self, source, *arguments, **named):
+        """Libraries have templates of their own."""
+        if source in TEMPLATES:
+            compiled.append(source)
+        return compile_plain(self, "" if source in TEMPLATES else source, *arguments, **named)
+
+    monkeypatch.setattr(jinja2.Environment, "compile", compiling)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for template in TEMPLATES:
         for fast in (True, False):

@@ -42,8 +42,8 @@ def checked(choices: Choices, output: str, survey: Survey) -> Alone:
     found += name_problems(choices, settings)
     inputs: list[EliteError] = []
     repo = collect(inputs, lambda: repository(settings))
-    settings |= other_places(settings, inputs)
     facts = surveyed(survey, repo, settings, inputs) if repo else None
+    settings |= other_places(settings, inputs)
     base = _base(settings, found, inputs)
     name = places.name_of(facts.path) if facts else "dataset"
     folder = Path(output).expanduser() if output else places.free_path(places.RUNS / f"{name}-dataset")

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from training.errors import EliteError, Interrupted, Problems, StoppedByUser
+from training.texts import visible
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _tell(error: EliteError, session: Session) -> int:
         data = {"error": str(error), "exit_code": error.exit_code,
                 "problems": [str(each) for each in problems]}
         _write(sys.stdout, json.dumps(data, ensure_ascii=False) + "\n")
-    _write(sys.stderr, "".join(f"{each}\n" for each in problems))
+    _write(sys.stderr, "".join(f"{visible(each)}\n" for each in problems))
     return error.exit_code
 
 

@@ -58,8 +58,8 @@ def check(choices: Choices, survey: Survey, fresh: bool = False, claim: bool = T
     name = str(settings.get("model.base") or "auto")
     facts = instead if instead and not settings.get("dataset.repo") else None
     repo = "" if facts else collect(inputs, lambda: repository(settings))
-    settings |= other_places(settings, inputs)
     facts = surveyed(survey, repo, settings, inputs) if repo else facts
+    settings |= other_places(settings, inputs)
     base = collect(inputs, lambda: _likely_base(name)) or _farthest()
     output = _output(choices, settings, repo or "")
     request = _request(choices, settings, facts or NO_REPOSITORY, name, output)
@@ -91,25 +91,39 @@ def surveyed(survey: Survey, repo: str, settings: Mapping[str, Any],
 
 
 def other_places(settings: Mapping[str, Any], found: list[EliteError]) -> dict[str, Any]:
-    """The other repositories by key, folders by their whole path: a run may be resumed from elsewhere."""
+    """The other repositories by key, as a run keeps them: folders by their whole path, since it may be
+    resumed from elsewhere; URLs without a login, and cloned where one was needed."""
     replay = settings.get("dataset.replay")
     also = settings.get("dataset.also")
     kept: dict[str, Any] = {}
     if isinstance(replay, str) and replay:
-        kept["dataset.replay"] = collect(found, lambda: _place(replay)) or replay
+        kept["dataset.replay"] = collect(found, lambda: _cloned(replay)) or replay
     if isinstance(also, list) and not problems_in({"dataset.also": also}):
         kept["dataset.also"] = [_whole(each) for each in also]
     return kept
 
 
 def _whole(repo: str) -> str:
-    """A folder's whole path; a URL, and what names nothing, as it is."""
-    return repo if not repo or checkout.is_url(repo) else str(Path(repo).expanduser().resolve())
+    """A folder's whole path; a URL without its login; what names nothing as it is."""
+    if checkout.is_url(repo):
+        return checkout.without_login(repo)
+    return str(Path(repo).expanduser().resolve()) if repo else repo
 
 
 def _place(repo: str) -> str:
-    """A repository's URL, or its folder, which must be there. Raises UsageError or MissingInput."""
-    return checkout.check_url(repo) if checkout.is_url(repo) else str(checkout.locate(repo))
+    """A repository's URL without its login, or its folder, which must be there. Raises UsageError or
+    MissingInput."""
+    if checkout.is_url(repo):
+        return checkout.without_login(checkout.check_url(repo))
+    return str(checkout.locate(repo))
+
+
+def _cloned(repo: str) -> str:
+    """A repository's place; one that needs a login is cloned while that is known."""
+    place = _place(repo)
+    if checkout.is_url(repo) and place != checkout.check_url(repo):
+        checkout.locate(repo)
+    return place
 
 
 def _request(choices: Choices, settings: Mapping[str, Any], facts: RepositoryFacts, base: str,

@@ -13,13 +13,12 @@ from rich.text import Text
 from rich.theme import Theme
 
 from training.records import GIB
+from training.texts import visible
 
 STYLES = Theme({"stage": "bold cyan", "good": "green", "warn": "yellow", "bad": "red", "quiet": "dim",
                 "head": "bold"})
 MIN_COLUMNS, MAX_COLUMNS = 60, 110
-# Marks that act on a terminal (escapes) or reorder its text, which file names and model output may hold.
 _BLANKS = re.compile(r" +(?=\n)")
-_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
 class Outlasting:
@@ -84,7 +83,7 @@ def rows(*heads: str, right: tuple[int, ...] = (), wide: int | None = None) -> T
 
 def plain(value: Any, style: str = "") -> Text:
     """A value as text in which nothing is markup and no control character acts."""
-    return Text(_ACTING.sub(lambda match: f"<U+{ord(match[0]):04X}>", str(value)), style=style)
+    return Text(visible(value), style=style)
 
 
 def gib(size_bytes: float | None) -> str:

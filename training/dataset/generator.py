@@ -25,6 +25,7 @@ from training.errors import EliteError, UsageError
 from training.records import BaseModel, RepositoryFacts
 from training.rundir import RunDirectory
 from training.settings import Config
+from training.texts import without_password
 
 Progress = Callable[[str, int, int, str], None]
 MIN_CONTEXT_TOKENS = 2        # a header token, which nothing predicts, and one target
@@ -116,7 +117,7 @@ class DatasetGenerator:
         made = making.Maker(config=self.config, base=self.base, places=places, corpus=corpus, replay=second,
                             folder=aside, coder_of=coder_of, progress=progress).make()
         return made | {"fingerprint": self._fingerprint(places, state), "settings": self._settings(),
-                       "repository": checkout.without_password(self.config["dataset.repo"])}
+                       "repository": without_password(self.config["dataset.repo"])}
 
     def _read(self, corpus: Corpus, place: Place, progress: Progress) -> None:
         total, last = len(place.listing.names), [0.0]
@@ -193,7 +194,7 @@ def _place(repo: str, refresh: bool, several: bool) -> Place:
     listing = repository.list_repository(root)
     head = checkout.run_git(["rev-parse", "HEAD"], root, checkout.LIST_TIMEOUT_S) if listing.is_git else None
     commit = head.stdout.decode("ascii", "replace").strip() if head and not head.returncode else ""
-    return Place(named=checkout.without_password(repo), listing=listing,
+    return Place(named=without_password(repo), listing=listing,
                  prefix=f"{listing.name}/" if several else "", commit=commit)
 
 

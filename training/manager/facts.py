@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ from training.manager import contexts, forecast
 from training.manager.monitor import clock, number, part, read_rows
 from training.records import GIB
 from training.rundir import RunDirectory, read_data
+from training.texts import visible
 
 QUALITY = (("loss", "held-out loss, nats a token", "lower"), ("bits_per_byte", "bits per byte", "lower"),
            ("exact_match", "completions that match exactly", "higher"),
            ("edit_similarity", "edit similarity of completions", "higher"),
            ("parse_rate", "completions that parse", "higher"))
-# C0 and C1 controls, and the marks that reorder text (Trojan Source, CVE-2021-42574), are shown by number.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-                     "|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +61,6 @@ def _mapping(path: Path) -> dict[str, Any]:
     except EliteError:
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def visible(text: Any) -> str:
-    """Text with control and direction marks made visible, so that nothing on a page or terminal acts.
-
-    >>> visible("a\\x1b[31mb\\u202ec")
-    'a<U+001B>[31mb<U+202E>c'
-    """
-    return _UNSEEN.sub(lambda match: f"<U+{ord(match[0]):04X}>", str(text))
 
 
 def size(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,17 @@ from training.manager.forecast import Forecast
 from training.manager.lock import RunLock
 from training.manager.monitor import Update
 from training.manager.outcome import Ending
-from training.manager.supervision import GRACE_S, Progress, Stop, Supervisor, due_signal, silent, tell
+from training.manager.supervision import (
+    GRACE_S,
+    POLL_S,
+    Progress,
+    Stop,
+    Supervisor,
+    due_signal,
+    noted_stops,
+    silent,
+    tell,
+)
 from training.records import Result
 from training.rundir import RunDirectory, write_record
 
@@ -63,29 +72,38 @@ class TrainingManager:
 
     def _until_done(self, progress: Progress, lock_handle: int) -> Result:
         """Attempts, until one is done or the recovery has nothing left to try."""
-        recovering = recovery.Recovery(self.run)
-        while True:
-            result, ending, error = self._attempt(progress, lock_handle)
-            if error is None:
+        recovering, stop = recovery.Recovery(self.run), Stop()
+        with noted_stops(stop, self.run):
+            while True:
+                result, ending, error = self._attempt(progress, lock_handle, stop)
+                if error is None:
+                    self._report(progress)
+                    return result
+                failure = recovery.failure_of(self.run, ending, error)
+                if failure is not None:
+                    action = recovering.after(failure)
+                    if action and self._pauses(progress, action, recovering.failures, stop):
+                        continue
+                    error = outcome.stopped(self.run, stop.asked) if action else recovering.given_up(error)
+                    result = outcome.instead(result, error)
+                _keep(self.run, result)
                 self._report(progress)
-                return result
-            failure = recovery.failure_of(self.run, ending, error)
-            if failure is not None:
-                if action := recovering.after(failure):
-                    tell(progress, Update("restart", 0, 0, action))
-                    time.sleep(self.pauses_s[min(recovering.failures, len(self.pauses_s)) - 1])
-                    continue
-                error = recovering.given_up(error)
-                result = dataclasses.replace(result, error=str(error), exit_code=error.exit_code)
-            _keep(self.run, result)
-            self._report(progress)
-            raise error
+                raise error
 
-    def _attempt(self, progress: Progress, lock_handle: int) -> tuple[Result, Ending, EliteError | None]:
+    def _pauses(self, progress: Progress, action: str, failures: int, stop: Stop) -> bool:
+        """Tell what is done and wait before it; False when a stop was asked for meanwhile."""
+        tell(progress, Update("restart", 0, 0, action), stop)
+        until_s = time.monotonic() + self.pauses_s[min(failures, len(self.pauses_s)) - 1]
+        while not stop.asked and (left_s := until_s - time.monotonic()) > 0:
+            time.sleep(min(POLL_S, left_s))
+        return not stop.asked
+
+    def _attempt(self, progress: Progress, lock_handle: int,
+                 stop: Stop) -> tuple[Result, Ending, EliteError | None]:
         _forget(self.run)
         config = preflight.read_config(self.run)
         offset = _size(self.run.log)
-        ending = self.supervisor.watch(config, progress, lock_handle)
+        ending = self.supervisor.watch(config, progress, lock_handle, stop)
         result, error = outcome.conclude(self.run, ending, offset)
         self.run.stop.unlink(missing_ok=True)
         return result, ending, error

@@ -26,6 +26,7 @@ from training.manager.monitor import number, read_rows
 from training.manager.runs import newest_checkpoint
 from training.records import Plan, Result
 from training.rundir import RunDirectory, read_record
+from training.texts import ACTING
 
 TAIL_LINES = 12
 TAIL_BYTES = 64 * 1024
@@ -48,10 +49,7 @@ SIGNS: tuple[tuple[str, type[EliteError], str], ...] = (
     (r"ModuleNotFoundError|ImportError", MissingInput,
      "a Python package is missing or broken; `python3 elite_train.py doctor` says which"),
 )
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]"
-                      r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"
-                      r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-                      "|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|" + ACTING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +124,26 @@ def conclude(run: RunDirectory, ending: Ending, log_offset: int = 0) -> tuple[Re
         error = _told(run, result, ending, log_offset)
     else:
         error = _untold(run, ending, log_offset)
-    state = "interrupted" if isinstance(error, Interrupted | StoppedByUser) else "failed"
     if result is None:
-        return _made_up(run, state, error), error
-    return dataclasses.replace(result, state=state, exit_code=error.exit_code,
+        return _made_up(run, error), error
+    return dataclasses.replace(result, state=_state(error), exit_code=error.exit_code,
                                error=result.error or str(error)), error
+
+
+def instead(result: Result, error: EliteError) -> Result:
+    """The result of a run that ends with another error than its last attempt did."""
+    return dataclasses.replace(result, state=_state(error), error=str(error), exit_code=error.exit_code)
+
+
+def _state(error: EliteError) -> str:
+    return "interrupted" if isinstance(error, Interrupted | StoppedByUser) else "failed"
 
 
 def _told(run: RunDirectory, result: Result, ending: Ending, log_offset: int) -> EliteError:
     if result.state == "interrupted":
         code = result.exit_code or ending.returncode
         by_user = code == StoppedByUser.exit_code or (ending.asked == "SIGINT" and code != 75)
-        return _stopped(run, "SIGINT" if by_user else "SIGTERM")
+        return stopped(run, "SIGINT" if by_user else "SIGTERM")
     cls = CLASSES.get(result.exit_code or ending.returncode, EliteError)
     if issubclass(cls, Interrupted | StoppedByUser):
         cls = EliteError
@@ -148,9 +154,9 @@ def _told(run: RunDirectory, result: Result, ending: Ending, log_offset: int) ->
 
 def _untold(run: RunDirectory, ending: Ending, log_offset: int) -> EliteError:
     code, by_signal = ending.returncode, signal_of(ending.returncode)
-    stopped = ending.forced or by_signal or code in (Interrupted.exit_code, StoppedByUser.exit_code)
-    if ending.asked and stopped:
-        return _stopped(run, ending.asked)
+    ended = ending.forced or by_signal or code in (Interrupted.exit_code, StoppedByUser.exit_code)
+    if ending.asked and ended:
+        return stopped(run, ending.asked)
     if ending.hung:
         return EliteError(f"The trainer gave no sign of life{_where(run)} and was ended; its threads' stacks "
                           f"are in {run.log}. {_way_on(run)}")
@@ -177,7 +183,8 @@ def class_of(log: str) -> tuple[type[EliteError], str]:
     return EliteError, ""
 
 
-def _stopped(run: RunDirectory, asked: str) -> EliteError:
+def stopped(run: RunDirectory, asked: str) -> EliteError:
+    """The error of a run that was asked to stop, by the name of the signal."""
     if asked == "SIGINT":
         return StoppedByUser(f"Stopped by Ctrl+C{_where(run)}. {_way_on(run)}")
     return Interrupted(f"Stopped by {asked}{_where(run)}. {_way_on(run)}")
@@ -210,7 +217,7 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else text + "."
 
 
-def _made_up(run: RunDirectory, state: str, error: EliteError) -> Result:
+def _made_up(run: RunDirectory, error: EliteError) -> Result:
     """A result from what the run directory shows, for an attempt that left none."""
     try:
         plan = read_record(Plan, run.plan)
@@ -221,7 +228,7 @@ def _made_up(run: RunDirectory, state: str, error: EliteError) -> Result:
     peaks: list[Any] = [value for row in rows if (value := number(row, "device_bytes")) is not None]
     seconds = max(times) - min(times) if times else 0.0
     return Result(
-        state=state, steps=steps, epochs=float(rows[-1].get("epoch") or 0) if rows else 0.0,
+        state=_state(error), steps=steps, epochs=float(rows[-1].get("epoch") or 0) if rows else 0.0,
         tokens_trained=int(sum(number(row, "tokens") or 0 for row in rows)), seconds=seconds,
         tier=plan.tier if plan else 0, context_tokens=plan.context_tokens if plan else 0,
         memory={"predicted_bytes": plan.memory.device_bytes if plan else None,

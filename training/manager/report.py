@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from training.manager import charts, contexts, facts
-from training.manager.facts import Facts, figure, number, part, seconds, size, visible
+from training.manager.facts import Facts, figure, number, part, seconds, size
 from training.manager.facts import summary as summary  # the same rows, for the console
 from training.rundir import RunDirectory, write_text
-from training.settings import without_password
+from training.texts import visible, without_password
 
 STYLE = Path(__file__).with_name("style.css")
 MAX_SAMPLES = 8

@@ -80,11 +80,12 @@ class Supervisor:
         self.run, self.script, self.grace_s = run, script, grace_s
         self.arguments, self.forecast = tuple(arguments), forecast
 
-    def watch(self, config: Config, progress: Progress, lock_handle: int) -> Ending:
-        """See the subprocess through and say how it ended. The lock's descriptor is inherited by it."""
-        kills, stop = group.oom_kills(), Stop()
-        with _signals(stop, self.run):
-            status, hung = self._supervise(config, progress, stop, lock_handle)
+    def watch(self, config: Config, progress: Progress, lock_handle: int, stop: Stop) -> Ending:
+        """See the subprocess through and say how it ended. The lock's descriptor is inherited by it; `stop`
+        is what the caller's `noted_stops` writes to."""
+        kills = group.oom_kills()
+        stop.filed = False      # a file for an attempt before this one is gone
+        status, hung = self._supervise(config, progress, stop, lock_handle)
         return Ending(returncode=status, asked=stop.asked, forced=stop.sent > 0,
                       oom_kills=group.oom_kills() - kills, hung=hung)
 
@@ -181,7 +182,7 @@ def _ask_by_file(run: RunDirectory, name: str) -> bool:
 
 
 @contextmanager
-def _signals(stop: Stop, run: RunDirectory) -> Iterator[None]:
+def noted_stops(stop: Stop, run: RunDirectory) -> Iterator[None]:
     """Note SIGINT and SIGTERM in `stop` and outlive a closed terminal; the old handlers come back after.
 
     The first one writes the stop file itself: the loop may hang in a write to a pipe that nobody reads.

@@ -20,7 +20,7 @@ from training.manager import launcher, outcome
 from training.manager.lock import RunLock
 from training.manager.outcome import Ending
 from training.manager.preflight import read_config
-from training.manager.supervision import Progress, Supervisor, silent
+from training.manager.supervision import Progress, Stop, Supervisor, noted_stops, silent
 from training.records import Trial, TrialStep
 from training.rundir import TRIAL, TRIAL_ORDER, RunDirectory, TrialOrder, read_record, write_record
 
@@ -47,7 +47,8 @@ class TrialManager:
         guard = RunLock(self.run.path)
         guard.take()
         try:
-            ending = self.supervisor.watch(read_config(self.run), progress, guard.handle)
+            with noted_stops(stop := Stop(), self.run):
+                ending = self.supervisor.watch(read_config(self.run), progress, guard.handle, stop)
         finally:
             guard.release()
         return concluded(self.run, order, ending)

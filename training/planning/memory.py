@@ -35,6 +35,7 @@ CPU_FRAGMENTATION_LARGE = 0.1
 GLIBC_HEAP_BYTES = 32 * MIB
 TRAINER_HOST_BYTES = 3 * GIB          # resident set of a CUDA process with torch, pinned buffers included
 COMMAND_HOST_BYTES = 150 * MIB        # the command that watches it
+RECORDS_BYTES = 256 << 10             # on disk: configuration, plan, metrics, log, report
 BUCKET_ELEMENTS = 50_000_000          # reduce_bucket_size and allgather_bucket_size in ds_config.json
 MUON_TOGETHER = 1 << 20          # numbers of matrices orthogonalized together (trainer.muon.TOGETHER)
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256, "muon": 8.0}
@@ -325,13 +326,13 @@ def host_bytes(shape: ModelShape, values: Mapping[str, Any], device_bytes: int) 
 
 def disk_bytes(shape: ModelShape, values: Mapping[str, Any], dataset_tokens: int) -> int:
     """Checkpoints (fp32 weights and two moments of what is trained, with Lookahead and averaging a copy
-    each; one more than kept while a new one is written, and the best one), the result, and the dataset: 4
-    bytes a token, half as much again for the index and repeated spans."""
+    each; one more than kept while a new one is written, and the best one), and the dataset: 4 bytes a token,
+    half as much again for the index and repeated spans; records and log. The result is written when the one
+    more is gone."""
     trained = trainable_parameters(shape, values)
     copies = 3 + bool(values.get("optimizer.lookahead_steps")) + bool(average_bytes(shape, values))
     count = int(values["training.keep_checkpoints"]) + 1 + bool(values.get("training.keep_best"))
-    checkpoints = count * 4 * copies * trained
-    return int(checkpoints + 4 * trained + 6 * dataset_tokens)
+    return int(count * 4 * copies * trained + 6 * dataset_tokens) + RECORDS_BYTES
 
 
 def largest_term(memory: Memory) -> tuple[str, int]:

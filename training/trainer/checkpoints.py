@@ -67,21 +67,34 @@ def save(run: Path, captured: Captured, state: Mapping[str, Any], identity_now: 
         (staging / STATE).write_text(text, encoding="utf-8")
         _commit(staging, final, {"step": step, "identity": dict(identity_now)})
     except (OSError, SafetensorError) as error:  # safetensors has its own class for a full disk
+        many = _holds_no_more_files(run)
         shutil.rmtree(staging, ignore_errors=True)
         if final.exists():  # renamed, and then the folder that it is in could not be synced
             _delete(final)
-        raise _refused(final, error, captured) from error
+        raise _refused(final, error, captured, many) from error
     return final
 
 
-def _refused(final: Path, error: Exception, captured: Captured) -> CannotWrite:
+def _refused(final: Path, error: Exception, captured: Captured, many: bool) -> CannotWrite:
     reason = getattr(error, "strerror", None) or str(error)
     number = getattr(error, "errno", None)
     if number not in FULL and not any(os.strerror(each) in reason for each in FULL):
         return CannotWrite(f"Cannot write {final}: {reason}.")
+    if many:
+        return NoRoom(f"Cannot write {final}: the disk can hold no more files, whatever their size (its "
+                      "inodes are used up); delete some, and resume.")
     free_bytes = shutil.disk_usage(final.parent).free
     return NoRoom(f"Cannot write {final}: {reason}. It takes {size_bytes(captured) / 2**20:,.1f} MiB and "
                   f"{free_bytes / 2**20:,.1f} MiB is free; free some room, and resume.")
+
+
+def _holds_no_more_files(folder: Path) -> bool:
+    """Some file systems have no such limit, and say 0 of 0."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    return found.f_files > 0 and found.f_favail == 0
 
 
 def size_bytes(captured: Captured) -> int:

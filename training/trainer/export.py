@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from training.errors import CannotWrite
@@ -39,9 +40,10 @@ def export(loaded: LoadedModel, config: Config, store_path: str | Path, run_path
             shutil.copy(file, aside / file.name)
         (aside / "README.md").write_text(_card(loaded, config, dataset, run / name, result_facts), "utf-8")
         publish(aside, run / name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own class for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        raise CannotWrite(f"Cannot write the result to {run / name}: {error.strerror or error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CannotWrite(f"Cannot write the result to {run / name}: {reason}.") from error
     return name
 
 

@@ -295,10 +295,11 @@ class Training:
     def _tell_steps(self) -> None:
         self.heartbeat.step, self.heartbeat.steps = self.progress.step, self.steps
 
-    def save(self, regular: bool = False) -> None:
+    def save(self, regular: bool = False, tries: int = 2) -> None:
         """Write a checkpoint of this step, then let go of old ones. By all ranks; before step 1 nothing.
 
-        `regular`: an uninterrupted run makes it, too, so it is one to go back to from loss spikes.
+        `regular`: an uninterrupted run makes it, too, so it is one to go back to from loss spikes. A disk's
+        error that passes does not end the training: after one try of the last save comes another.
         """
         if not self.progress.step:
             return
@@ -312,7 +313,7 @@ class Training:
         if self.engine.rank == 0:
             self.heartbeat.beat("save", detail=f"checkpoint-{self.progress.step}")
             try:
-                path = self._write(captured, earlier)
+                path = self._write(captured, earlier, tries)
                 self.prune()
                 log.info("saved %s", path.name)
             except CannotWrite as error:
@@ -321,7 +322,7 @@ class Training:
             self.progress.anchor = earlier
             raise CannotWrite(failure)
 
-    def _write(self, captured: Captured, anchor: int) -> Path:
+    def _write(self, captured: Captured, anchor: int, tries: int = 1) -> Path:
         """Where the disk is full, all but the newest valid checkpoint and those needed make room first."""
         run, state = self.run.path, asdict(self.progress)
         try:
@@ -333,6 +334,11 @@ class Training:
                 raise
             log.warning("%s Older checkpoints were deleted for it.", error)
             return checkpoints.save(run, captured, state, self.identity)
+        except CannotWrite as error:
+            if tries < 2:
+                raise
+            log.warning("%s It is tried once more, since no other save follows.", error)
+            return self._write(captured, anchor)
 
     def prune(self) -> None:
         """Delete the checkpoints that need not be kept. On rank 0; elsewhere nothing."""
@@ -357,7 +363,7 @@ class Training:
 
     def _save_or_warn(self, regular: bool = True) -> None:
         try:
-            self.save(regular)
+            self.save(regular, tries=1)
         except CannotWrite as error:
             log.warning("%s The training goes on; the next checkpoint is tried at its own step.", error)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from training.errors import CannotWrite, MissingInput, UsageError
-from training.settings import without_password as without_password
+from training.texts import without_password
 
 SCHEMES = ("https", "ssh", "git", "file")
 CLONE_TIMEOUT_S = 1_800
@@ -123,6 +123,19 @@ def split_login(url: str) -> tuple[str, Login | None]:
     user, _, password = named.partition(":")
     return (urlunsplit(parts._replace(netloc=host)),
             Login(host=f"https://{host}", user=unquote(user), password=unquote(password)))
+
+
+def without_login(url: str) -> str:
+    """A URL as a run keeps it: git finds its clone by it, and it holds no secret.
+
+    >>> without_login("https://me:token@example.org/a.git"), without_login("ssh://git:x@example.org/a.git")
+    ('https://example.org/a.git', 'ssh://git@example.org/a.git')
+    """
+    try:
+        plain = split_login(url)[0]
+    except ValueError:      # no URL; whoever clones it says so
+        return url
+    return re.sub(r"^(\w+://[^/@:]*):[^/@]*@", r"\1@", plain)
 
 
 def cache_folder() -> Path:
