@@ -42,7 +42,8 @@ How it is done:
 - A trainer counts as hung after ten times its median step without a sign of life, a minute at least; the
   stacks of its threads are then in `train.log`.
 
-{sections}"""
+{sections}
+{soak}{saves}{others}"""
 
 
 def rows() -> dict[str, list[dict[str, Any]]]:
@@ -60,7 +61,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def counted() -> tuple[dict[str, dict[str, Any]], str]:
+def figures() -> tuple[dict[str, dict[str, Any]], str]:
     """Of each row the newest figures of each test, and when and where they were counted."""
     found: dict[str, dict[str, Any]] = {}
     places = []
@@ -74,11 +75,89 @@ def counted() -> tuple[dict[str, dict[str, Any]], str]:
 
 def page() -> str:
     """docs/reliability.md."""
-    counts, places = counted()
+    counts, places = figures()
     parts = [f"## {title}\n\n{_table(section, counts)}\n" for title, section in
              ((SECTIONS[name], section) for name, section in rows().items()) if section]
     when = f"Counted on {places}." if counts else "No full count was made yet."
-    return PAGE.format(counted=when, sections="\n".join(parts))
+    text = PAGE.format(counted=when, sections="\n".join(parts), soak=_soak(_newest("soak")),
+                       saves=_saves(_newest("checkpoint-stall")), others=_others(_newest("peer-reliability")))
+    return text.rstrip() + "\n"
+
+
+def _newest(name: str) -> dict[str, Any]:
+    found = sorted(RESULTS.glob(f"{name}-20*.json"))
+    return json.loads(found[-1].read_text(encoding="utf-8")) if found else {}
+
+
+def _soak(found: dict[str, Any]) -> str:
+    if not found:
+        return "## A soak\n\nNot measured; `benchmarks/soak.py` does.\n\n"
+    kills = found["kills"]
+    who = ", ".join(f"{count} {name}" for name, count in sorted(kills.items()))
+    return f"""## A soak
+
+{found["date"]}, {found["cores"]} CPU cores: for {found["minutes"]:.0f} minutes runs of
+{found["steps"]} updates got a SIGKILL every {found["least_s"]:.0f} to {found["most_s"]:.0f} s ({who}) and
+went on. Of {found["runs"]} runs with {sum(kills.values())} kills {found["same"]} ended in the digest and the
+losses of the run that was not killed (`benchmarks/soak.py`).
+
+"""
+
+
+def _saves(found: dict[str, Any]) -> str:
+    if not found:
+        return "## What a checkpoint costs\n\nNot measured; `benchmarks/checkpoint_stall.py` does it.\n\n"
+    lines = [(f"{each['parameters'] / 1e6:,.0f} M", f"{each['bytes'] / 1e6:,.0f} MB",
+              f"{each['save_s']:.2f} s", f"{each['save_s'] / (found['every_s'] + each['save_s']):.2%}")
+             for each in found["sizes"]]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""## What a checkpoint costs
+
+The training waits for it. {found["date"]}, {found["cores"]} CPU cores, the median of {found["tries"]} saves:
+written, synced, hashed, renamed. The plan saves every {found["every_s"] / 60:.0f} minutes, and less often
+where that were over 2 % of the time by the trial's own save (`benchmarks/checkpoint_stall.py`).
+
+| Trained parameters | Checkpoint | Save | Of the time |
+| ---: | ---: | ---: | ---: |
+{rows}
+
+"""
+
+
+def _others(found: dict[str, Any]) -> str:
+    if not found:
+        return "## Others\n\nNot measured; `benchmarks/peer_reliability.py` does.\n"
+    made, bad = found["versions"], found["not_a_number"]
+    trainer, launcher = f"Hugging Face Trainer {made['transformers']}", f"DeepSpeed {made['deepspeed']}"
+    ended = f"exit code {bad['exit_code']}"
+    if "steps" in bad:
+        ended += f", {bad['steps']} steps, weights {'finite' if bad['finite'] else 'not finite'}"
+    lines = [(trainer, "SIGKILL at a random moment, a save at each step", _counts(found["kills"])),
+             *((trainer, f"a file of its newest checkpoint: {kind}", _by_outcome(outcomes))
+               for kind, outcomes in found["damages"].items()),
+             (trainer, "a loss that is not a number, once", ended),
+             *((launcher, what, f"ranks left in {each['with ranks left']} of {each['launches']}; exit codes "
+                                f"{_counts(each['exit codes of the runner'])}")
+               for what, each in found["launcher"].items())]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""## Others
+
+The same faults for other trainers, {found["date"]}, {found["cores"]} CPU cores ("same": the weights of an
+uninterrupted run; `benchmarks/peer_reliability.py`).
+
+| Trainer | Fault | What came of it |
+| --- | --- | --- |
+{rows}
+"""
+
+
+def _by_outcome(outcomes: dict[str, str]) -> str:
+    return "; ".join(f"{what}: {', '.join(name for name, each in sorted(outcomes.items()) if each == what)}"
+                     for what in sorted(set(outcomes.values())))
+
+
+def _counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _table(section: list[dict[str, Any]], counts: dict[str, Any]) -> str:

@@ -121,6 +121,16 @@ def test_a_step_with_the_most_targets_is_taken_down_to_the_mixs_mean():
     assert found.device_bytes == measured.steps[-1].peak_bytes
 
 
+@pytest.mark.parametrize(("step_s", "save_s", "steps"), [
+    (1.0, 0.1, 300), (1.0, 12.0, 600), (600.0, 3.0, 1), (600.0, 30.0, 3), (0.01, 0.0, 1000), (0.01, 1.0, 5000),
+    (0.0, 1.0, 100)])
+def test_saves_take_at_most_a_fiftieth_of_the_time(step_s, save_s, steps):
+    found = trial._saving(step_s, save_s)
+    assert found.value == steps
+    if step_s:
+        assert save_s <= 0.02 * steps * step_s
+
+
 def test_a_confirmed_step_is_the_plan():
     plan, place = made(machine(24), "phi-2", context_tokens=8192,
                        settings={"dataset.whole_share": 0.0, "dataset.commit_share": 0.0})

@@ -109,8 +109,8 @@ def first_weight(index):
 def tokenizers():
     """Name -> (change, exit codes)."""
     torn = {f"{name}: {kind}": (written(name, content), REFUSED)
-            for name, kinds in ((TOKENIZER, TEXTS | JSONS), (ABOUT, TEXTS))
-            for kind, content in kinds.items()}
+            for name in (TOKENIZER, ABOUT)
+            for kind, content in (TEXTS | JSONS).items()}
     return torn | {
         "no tokenizer.json": (removed(TOKENIZER), REFUSED),
         "no tokenizer_config.json": (removed(ABOUT), REFUSED),

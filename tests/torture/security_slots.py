@@ -125,3 +125,12 @@ def without_fast_form(folder: Path) -> Path:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
     return folder
+
+
+def outcome(act):
+    """What an attempt to read something came to."""
+    try:
+        act()
+    except Exception as error:
+        return type(error).__name__
+    return "read"

@@ -44,6 +44,9 @@ class FakeStore:
     def order(self, seed, epoch):
         return np.random.default_rng((seed, epoch)).permutation(len(self._windows))
 
+    def written_to(self):
+        return ""
+
 
 class TinyModel(nn.Module):
     """Next-token prediction with dropout, so that a wrong generator state shows."""

@@ -66,6 +66,8 @@ class WindowStore:
                                        move_tokens=about.get("move_tokens", 0),
                                        order=about.get("fim_order", "psm"))
         self._tokens = _mapped(path / "tokens.bin", about["dtype"])
+        self._stamps = {name: _stamp(path / name) for name in ("tokens.bin", *(
+            f"{split}_{part}.bin" for split in SPLITS for part in ("windows", "segments")))}
         self._token_bytes = np.load(path / "token_bytes.npy")
         self._ends_line = np.load(path / "ends_line.npy")
         self._spans = _mapped(path / "spans.bin", np.int64, 2)
@@ -203,6 +205,15 @@ class WindowStore:
         return dict(self.manifest.get("curve") or {"kinds": list(CURVE_KINDS), "items": 0, "paths": [],
                                                    "targets": [], "foreign": ""})
 
+    def written_to(self) -> str:
+        """The first of the mapped files that was written to since it was opened, or "". One that was replaced
+        or removed was not: what is mapped is the old file."""
+        for name, (inode, *facts) in self._stamps.items():
+            found = _stamp(self.path / name)
+            if found[0] == inode and list(found[1:]) != facts:
+                return name
+        return ""
+
     def verify(self) -> None:
         """Read everything once. Raises DataError when the content is not what the manifest's digest says."""
         found = content_digest(self.path, self.manifest["store"]["files"])
@@ -217,6 +228,15 @@ def _mapped(path: Path, dtype: Any, columns: int = 0) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.empty((0, columns) if columns else 0, dtype)
     return np.memmap(path, dtype=dtype, mode="r").reshape(shape)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """(inode, bytes, time of the last write in ns); zeros for a file that is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def content_digest(folder: Path, names: Mapping[str, int] | Sequence[str]) -> str:

@@ -29,6 +29,7 @@ CPU_BUDGET_S = 1800.0
 CPU_STEPS = 20                   # least updates within the budget of a base on a CPU, where windows allow
 BASE_EPOCHS = 3                  # epochs over a small repository flatten near 4 (docs/research.md)
 SAVE_EVERY_S = 300
+MOST_SAVING = 0.02              # of the time between two saves that one may take, once it was measured
 LOGITS_BYTES = 512 << 20         # of one chunk's logits and their gradients
 
 

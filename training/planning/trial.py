@@ -248,7 +248,7 @@ def _timed(plan: Plan, trial: Trial, place: Situation, found: Fit) -> Plan:
     epochs = int(changed["training.epochs"].value if changed else values["training.epochs"])
     steps = min(epochs * in_epoch, int(values["training.max_steps"]) or epochs * in_epoch)
     if "training.save_steps" not in user:
-        changed["training.save_steps"] = _saving(step_s)
+        changed["training.save_steps"] = _saving(step_s, trial.save_s or 0.0)
     values |= {name: choice.value for name, choice in changed.items()}
     curve_s = timing.curve_windows(values) * found.micro_s / int(values["training.micro_batch"]) / 3
     extra_s = around_s(trial, values, steps) + curve_s
@@ -277,10 +277,14 @@ def _epochs(place: Situation, budget_s: float, epoch_s: float) -> Choice:
                   f"an epoch takes about {epoch_s:,.0f} s of {budget_s:,.0f} granted")
 
 
-def _saving(step_s: float) -> Choice:
-    every = int(choices.SAVE_EVERY_S / step_s) if step_s else 100
-    return Choice(max(1, min(1000, every)), "measured", f"about every {choices.SAVE_EVERY_S // 60} minutes"
-                  if every else "a step takes longer than that")
+def _saving(step_s: float, save_s: float) -> Choice:
+    """Saves so far apart that they take at most MOST_SAVING of the time."""
+    if not step_s:
+        return Choice(100, "measured", "no step's time is known")
+    steps = max(1, min(1000, int(choices.SAVE_EVERY_S / step_s)),
+                math.ceil(save_s / choices.MOST_SAVING / step_s))
+    spent = f", {save_s / (steps * step_s + save_s):.1%} of the time" if save_s else ""
+    return Choice(steps, "measured", f"about every {hours(steps * step_s)}{spent}")
 
 
 def around_s(trial: Trial, values: Mapping[str, Any], steps: int) -> float:

@@ -34,6 +34,9 @@ class Store(Protocol):
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The train windows' order in an epoch."""
 
+    def written_to(self) -> str:
+        """The first file that was written to since it was opened, or ""."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:

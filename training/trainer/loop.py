@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.errors import CannotWrite, EliteError, Interrupted, StoppedByUser
+from training.errors import CannotWrite, DataError, EliteError, Interrupted, StoppedByUser
 from training.rundir import RunDirectory
 from training.settings import Config
 from training.trainer import checkpoints, guard, identities, pacing, schedules
@@ -303,6 +303,7 @@ class Training:
         """
         if not self.progress.step:
             return
+        self._check_windows()
         failure, earlier = "", self.progress.anchor
         self.progress.seconds = self.seconds()
         if regular and not self.progress.spikes_in_a_row:
@@ -321,6 +322,12 @@ class Training:
         if failure := self.engine.share(failure):
             self.progress.anchor = earlier
             raise CannotWrite(failure)
+
+    def _check_windows(self) -> None:
+        """No checkpoint is made of windows that changed on the way. By all ranks. Raises DataError."""
+        if name := self.engine.share(self.store.written_to()):
+            raise DataError(f"dataset/{name} was written to during the training, so no checkpoint is made of "
+                            f"step {self.progress.step:,}; put the dataset back, or start anew with --fresh.")
 
     def _write(self, captured: Captured, anchor: int, tries: int = 1) -> Path:
         """Where the disk is full, all but the newest valid checkpoint and those needed make room first."""
