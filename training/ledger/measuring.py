@@ -28,7 +28,7 @@ PAIRS = 3
 # How long a shared arm without the optimization is taken for as fast as the machine is now.
 RECENT_S = 90.0
 # Seconds of a run on 2 idle cores, for the first estimate; then those measured take over.
-TRAINED_S, TIMED_S = 8.0, 4.0
+TRAINED_S, TIMED_S = 6.0, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
