@@ -37,7 +37,7 @@ formulas. `ELITE_LEDGER=DIR` names another folder of ledgers, and empty turns th
 {measured}
 
 What is not in these tables has not been measured. `python3 elite_train.py ledger` measures them on your
-machine, in about 20 minutes on two cores; `--only ID` takes one. Both arms share repository, windows, seed
+machine, in 15 to 30 minutes on two cores; `--only ID` takes one. Both arms share repository, windows, seed
 and steps, and the real trainer runs them on a model of about one million parameters. Speed and memory are
 taken over a few steps, arms in turn. Where quality is at stake each of the three pairs is a training run with
 a seed of its own: held-out loss at equal tokens is that of the end, at equal time that at the moment when the
