@@ -37,7 +37,7 @@ def captured(parameters: int) -> Captured:
     rows = [min(4096, left) for left in range(parameters // WIDTH, 0, -4096)]
 
     def matrices(name: str) -> dict[str, torch.Tensor]:
-        return {f"{name}{index}": torch.randn(many, WIDTH) for index, many in enumerate(rows)}
+        return {f"{name}{at}": torch.randn(many, WIDTH) for at, many in enumerate(rows)}
 
     return Captured(weights=matrices(""), optimizer=matrices("exp_avg/") | matrices("exp_avg_sq/"), numbers={})
 

@@ -122,8 +122,8 @@ def test_a_step_with_the_most_targets_is_taken_down_to_the_mixs_mean():
 
 
 @pytest.mark.parametrize(("step_s", "save_s", "steps"), [
-    (1.0, 0.1, 300), (1.0, 12.0, 600), (600.0, 3.0, 1), (600.0, 30.0, 3), (0.01, 0.0, 1000), (0.01, 1.0, 5000),
-    (0.0, 1.0, 100)])
+    (1.0, 0.1, 300), (1.0, 12.0, 600), (600.0, 3.0, 1), (600.0, 30.0, 3), (0.01, 0.0, 1000),
+    (0.01, 1.0, 5000), (0.0, 1.0, 100)])
 def test_saves_take_at_most_a_fiftieth_of_the_time(step_s, save_s, steps):
     found = trial._saving(step_s, save_s)
     assert found.value == steps

@@ -7,8 +7,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-# 1.1 M parameters, an update of 1,024 tokens takes 0.15 to 0.3 s on 2 cores. Where the loss is judged half the
-# layers and half the width, so that a run of 40 updates takes some 5 s (2026-11).
+# 1.1 M parameters, an update of 1,024 tokens takes 0.15 to 0.3 s on 2 cores. Where the loss is judged half
+# the layers and half the width, so that a run of 40 updates takes 5 to 8 s (2026-11).
 MODEL: dict[str, Any] = {
     "embedded.hidden": 128, "embedded.layers": 4, "embedded.heads": 4, "embedded.kv_heads": 4,
     "embedded.mlp": 352, "embedded.vocab_tokens": 2048}

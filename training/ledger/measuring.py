@@ -102,11 +102,11 @@ class Ledger:
         return total
 
     def _told(self, progress: Progress, pairs: Sequence[Pair], index: int) -> Callable[[str], None]:
-        item, left_s = pairs[index].item, self.estimate_s(pairs[index:])
+        item, left_min = pairs[index].item, max(1, round(self.estimate_s(pairs[index:]) / 60))
         head = f"{item.id}, pair {pairs[index].seed + 1} of {self.pairs}"
 
         def told(detail: str) -> None:
-            progress("ledger", index, len(pairs), f"{head}: {detail}; about {left_s / 60:.0f} min left")
+            progress("ledger", index, len(pairs), f"{head}: {detail}; about {left_min} min left")
         return told
 
     def _off(self, pair: Pair, told: Callable[[str], None]) -> Arm:
