@@ -39,7 +39,8 @@ def captured(parameters: int) -> Captured:
     def matrices(name: str) -> dict[str, torch.Tensor]:
         return {f"{name}{at}": torch.randn(many, WIDTH) for at, many in enumerate(rows)}
 
-    return Captured(weights=matrices(""), optimizer=matrices("exp_avg/") | matrices("exp_avg_sq/"), numbers={})
+    moments = matrices("exp_avg/") | matrices("exp_avg_sq/")
+    return Captured(weights=matrices(""), optimizer=moments, numbers={})
 
 
 def main() -> None:
