@@ -143,7 +143,8 @@ def _others(found: dict[str, Any]) -> str:
     return f"""## Others
 
 The same faults for other trainers, {found["date"]}, {found["cores"]} CPU cores ("same": the weights of an
-uninterrupted run; `benchmarks/peer_reliability.py`).
+uninterrupted run). The trainer saves at each of 30 steps; DeepSpeed's two ranks only sleep
+(`benchmarks/peer_reliability.py`).
 
 | Trainer | Fault | What came of it |
 | --- | --- | --- |
