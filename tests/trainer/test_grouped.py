@@ -49,6 +49,9 @@ class Repeats:
     def order(self, seed, epoch):
         return np.random.default_rng((seed, epoch)).permutation(512)
 
+    def written_to(self):
+        return ""
+
     def window(self, split, index, seed=0, epoch=0, context_limit=None):
         source = np.random.default_rng((split == "train", index))
         period = int(source.integers(3, 9))

@@ -68,6 +68,10 @@ class RandomStore:
         """The train windows' order."""
         return np.arange(64)
 
+    def written_to(self) -> str:
+        """No file: these windows are made up."""
+        return ""
+
     def window(self, split: str, index: int, seed: int = 0, epoch: int = 0,
                context_limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, labels), int64 (S,)."""
