@@ -95,6 +95,8 @@ def test_a_name_of_two_lines_is_told_in_one(tmp_path):
     with pytest.raises(MissingInput) as caught:
         read_yaml(tmp_path / "none\nTraining is done.yaml")
     assert "none<U+000A>Training is done.yaml" in str(caught.value)
+    assert [str(each) for each in problems_in({"x\ny": 1}, "a\nb.yaml")] == [
+        "a<U+000A>b.yaml: Unknown configuration key x<U+000A>y."]
 
 
 def test_a_missing_file_is_missing_input(tmp_path):

@@ -60,13 +60,13 @@ def nearest(word: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
 
 def problems_in(values: Mapping[str, Any], where: str = "") -> list[EliteError]:
     """Every unknown key and every value of the wrong type or out of range. `where` names the source."""
-    source = f"{where}: " if where else ""
+    source = f"{in_one_line(where)}: " if where else ""
     found: list[EliteError] = []
     for name, value in values.items():
         key = BY_NAME.get(name)
         if key is None:
             near = nearest(str(name), BY_NAME)
-            found.append(UsageError(f"{source}Unknown configuration key {name}.{near}"))
+            found.append(UsageError(f"{source}Unknown configuration key {in_one_line(name)}.{near}"))
         elif complaint := _complaint(key, value):
             found.append(UsageError(f"{source}{name} is {value!r}; {complaint}."))
     return found
