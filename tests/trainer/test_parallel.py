@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from parallel_worker import WideModel
@@ -200,3 +201,11 @@ def test_several_devices_and_one_process_are_refused():
 def test_compiled_layers_are_refused_on_a_ring():
     with pytest.raises(UsageError, match=r"cannot go together; set training\.compile=false\."):
         config_of(device__count=2, parallel__ring=2, training__compile=True)
+
+
+@pytest.mark.parametrize(("waits_s", "codes"), [(60.0, [70, 3]), (0.5, [0, 3])])
+def test_a_rank_whose_peer_has_ended_does_not_wait_for_hours(tmp_path, waits_s, codes):
+    job = forked.server().start(HERE / "left_alone_worker.py", tmp_path / "log",
+                                {"alone_s": 1.0, "waits_s": waits_s}, ranks=2)
+    assert job.wait(30) == codes, job.text()
+    assert ("Rank 1 ended 1 s ago" in job.text()) == (codes[0] == 70)

@@ -30,7 +30,7 @@ from training.trainer.device import Defragmenter
 from training.trainer.engine import FLOAT16_PATIENCE, PATIENCE, Captured, Gather, Returned
 from training.trainer.ops import prepare_cpu_adam
 from training.trainer.partitions import Partitions
-from training.trainer.processes import WAIT, Together, backend_of
+from training.trainer.processes import WAIT, Together, backend_of, watch_ranks
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def start_processes(device: torch.device, tell: Callable[[str], None]) -> tuple[
     # it waits.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend_of(device), timeout=WAIT, verbose=False)
+    watch_ranks(device)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
