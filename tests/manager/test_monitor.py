@@ -96,6 +96,8 @@ def test_phases_come_from_the_heartbeat_and_steps_from_the_newest_line(tmp_path)
     assert watch.poll() == Update("train", 2, 102, "loss 7.02 · 1,365 tokens/s · 1.2 GiB · 5:00 left")
     beat(run, phase="save", detail="checkpoint-2")
     assert watch.poll() == Update("train", 2, 102, "saving checkpoint-2"), "a part of the training"
+    beat(run, phase="evaluate", done=1, total=8, detail="windows")
+    assert watch.poll() == Update("train", 2, 102, "evaluating"), "a part of it, too"
     run.heartbeat.write_text('{"phase": "tr')
     assert watch.poll().done == 2, "a torn heartbeat leaves the last one"
 

@@ -84,6 +84,23 @@ def killed_after(run, seconds):
     return process.returncode == -signal.SIGKILL
 
 
+def killed(new_run, kills, source, lasts_s):
+    """A run after so many SIGKILLs at random moments of it. One that ended before its kill is made anew.
+
+    `lasts_s`: how long a start lasts, [the first of a run, a later one]; kept up with.
+    """
+    run, made = new_run(), 0
+    while made < kills:
+        later, began = int(made > 0), time.monotonic()
+        if killed_after(run, source.uniform(0, lasts_s[later])):
+            made += 1
+            continue
+        lasts_s[later] = (lasts_s[later] + time.monotonic() - began) / 2
+        shutil.rmtree(run)
+        run, made = new_run(), 0
+    return run
+
+
 def worker(log, task, path, fault=None, ranks=0, **more):
     arguments = {"task": task, "path": str(path), "fault": fault, **more}
     return forked.server().start(WORKER, log, arguments, ranks)

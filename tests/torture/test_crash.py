@@ -23,7 +23,7 @@ from crash_tools import (
     TWO,
     OneSave,
     can_trace,
-    killed_after,
+    killed,
     log_of,
     manifest_of,
     need_strace,
@@ -81,11 +81,11 @@ def test_a_run_killed_at_random_moments_ends_in_the_uninterrupted_weights(datase
                                                                           row, most, short):
     _, digest, seconds = finished
     (source, note), good, kills, tries = seeded(), 0, 0, matrix.count(short, 200)
+    lasts_s = [seconds, seconds]
     for number in range(tries):
-        run = run_at(dataset, tmp_path / str(number))
-        for _ in range(source.randint(1, most)):
-            kills += killed_after(run, source.uniform(0, seconds))
-        good += trained(run) == digest
+        count = source.randint(1, most)
+        run = killed(lambda number=number: run_at(dataset, tmp_path / str(number)), count, source, lasts_s)
+        good, kills = good + (trained(run) == digest), kills + count
         shutil.rmtree(run)
     matrix.record(row, good, tries, f"{kills} kills; {note}")
 

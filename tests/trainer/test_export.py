@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import torch
+from transformers import modeling_utils
 
 from tests.checkpoints import make_tiny_checkpoint
 from tests.stores import make_store
 from training.errors import CannotWrite
 from training.settings import Config
 from training.trainer.export import export, weights_digest
+from training.trainer.imports import unwrapped
 from training.trainer.loading import load
 from training.trainer.loss import held_still
 
@@ -161,6 +163,20 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(store, tmp_path):
     with pytest.raises(CannotWrite):
         export(loaded, settings(), tmp_path / "no-dataset", tmp_path / "other", FACTS)
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_model_that_nothing_wraps_is_written_without_a_look_for_deepspeeds_wrapper(monkeypatch):
+    def look(*_, **__):
+        raise AssertionError("this imports DeepSpeed")
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    monkeypatch.setattr(modeling_utils, "unwrap_model", look)
+    model = torch.nn.Linear(1, 1)
+    with unwrapped():
+        assert modeling_utils.unwrap_model(model) is model
+    assert modeling_utils.unwrap_model is look
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    with unwrapped():
+        assert modeling_utils.unwrap_model is look
 
 
 def test_the_digest_depends_on_names_types_shapes_and_bytes_not_on_order():

@@ -277,6 +277,28 @@ def test_the_journal_drops_torn_lines_and_later_steps(tmp_path):
     assert metrics(tmp_path)[0]["loss"] is None
 
 
+def test_memory_that_runs_out_in_an_evaluation_costs_no_update_and_the_evaluation_is_made_later(tmp_path):
+    config, made = config_of(training__eval_steps=2), []
+
+    def evaluate(step):
+        made.append(step)
+        if made == [2, 4]:
+            raise MemoryError("evaluation")
+    first = training_of(tmp_path / "cut-off", config)
+    first.evaluate = evaluate
+    with pytest.raises(MemoryError):
+        first.train()
+    assert json.loads((tmp_path / "cut-off" / "heartbeat.json").read_text())["phase"] == "evaluate"
+    second, whole = training_of(tmp_path / "cut-off", config), training_of(tmp_path / "whole", config)
+    assert second.progress.step == 4
+    second.evaluate = evaluate
+    second.train()
+    whole.train()
+    assert made[:3] == [2, 4, 4]
+    assert made[2:] == list(range(4, second.steps, 2))
+    assert same(weights_of(second), weights_of(whole))
+
+
 def test_evaluations_of_another_configuration_are_dropped(tmp_path):
     journal = Journal(RunDirectory(tmp_path))
     journal.evaluation({"step": 0, "loss": 1.0, "identity": "old"})

@@ -26,6 +26,8 @@ ASLEEP_S = 10.0
 # on 2 cores; 14 GB of weights from a slow disk take five minutes; a held-out window as long as a step.
 QUIET_LIMIT_S = 600.0
 QUIET_LIMITS_S = {"compile_ops": 1800.0, "load": 1800.0, "save": 1800.0, "export": 1800.0, "train": 1800.0}
+# What the training line says of these phases between two updates.
+ASIDE = {"save": "saving {}", "evaluate": "evaluating"}
 # While it trains the limit is learned: so many steps of this session's median, and at least so long.
 QUIET_STEPS, QUIET_LEAST_S = 10.0, 60.0
 # The user is told at this share of it.
@@ -255,12 +257,12 @@ class Monitor:
         beat = self.heartbeat
         if beat is None:
             return Update("start", 0, 0, self._quiet("start"))
-        saving = beat.phase == "save" and 0 < beat.step < beat.steps
-        if beat.phase != "train" and not saving:
+        # A checkpoint or an evaluation on the way is a part of the training, not a phase of its own.
+        aside = ASIDE.get(beat.phase, "") if 0 < beat.step < beat.steps else ""
+        if beat.phase != "train" and not aside:
             return Update(beat.phase, beat.done, beat.total, self._quiet(beat.phase) or beat.detail)
-        # A checkpoint on the way is a part of the training, not a phase of its own.
-        detail = f"saving {beat.detail}" if saving else describe(self.rows, beat.steps)
-        if expected := "" if saving else self.forecast.text(beat.steps):
+        detail = aside.format(beat.detail) if aside else describe(self.rows, beat.steps)
+        if expected := "" if aside else self.forecast.text(beat.steps):
             detail = f"{detail} · {expected}"
         done = max(beat.step, min(self.step, beat.steps))
         return Update("train", done, beat.steps, self._quiet("train") or detail)

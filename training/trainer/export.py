@@ -18,6 +18,7 @@ from training.rundir import read_data, write_text
 from training.settings import Config
 from training.trainer import grouped
 from training.trainer.card import card, load_lines
+from training.trainer.imports import unwrapped
 from training.trainer.loading import DTYPES, LoadedModel
 from training.trainer.loss import causal_lm
 from training.trainer.weightfiles import publish
@@ -55,9 +56,10 @@ def _weights(loaded: LoadedModel, config: Config, folder: Path) -> None:
         return
     dtype = DTYPES[config["model.dtype"]]
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    model.save_pretrained(folder, state_dict={
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items() if name not in tied})
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+             for name, tensor in model.state_dict().items() if name not in tied}
+    with unwrapped():
+        model.save_pretrained(folder, state_dict=state)
     described = read_data(folder / "config.json")  # its type is that of the weights in memory
     described["dtype"] = config["model.dtype"]
     write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")

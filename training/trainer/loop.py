@@ -92,6 +92,7 @@ class Training:
 
     def train(self) -> None:
         """Go on to the last step. Raises StoppedByUser or Interrupted after a stop's checkpoint."""
+        self._evaluate_if_due()  # what ended the start before may have cut it off
         while (before := self.progress.step) < self.steps:
             if asked := self._asked_in_one():
                 self.save()
@@ -111,12 +112,16 @@ class Training:
             self.engine.discard()
             return self.watch.poll()
         except Exception as error:
-            if is_out_of_memory(error) and self.engine.captures_alone:
-                traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-                self.engine.discard()
-                self._save_or_warn(regular=False)
-                self.heartbeat.beat("train", self.progress.step, self.steps)  # where it ran out
+            self._save_without_memory(error, "train")
             raise
+
+    def _save_without_memory(self, error: Exception, phase: str) -> None:
+        """A checkpoint where memory ran out in this phase, if rank 0 can make it without the others."""
+        if is_out_of_memory(error) and self.engine.captures_alone:
+            traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+            self.engine.discard()
+            self._save_or_warn(regular=False)
+            self.heartbeat.beat(phase, self.progress.step, self.steps)  # where it ran out
 
     def _after_step(self) -> None:
         step, config = self.progress.step, self.config
@@ -124,10 +129,20 @@ class Training:
             return
         if config["training.save_steps"] and step % config["training.save_steps"] == 0:
             self._save_or_warn()
-        if config["training.eval_steps"] and step % config["training.eval_steps"] == 0:
+        self._evaluate_if_due()
+
+    def _evaluate_if_due(self) -> None:
+        """The evaluation of the step just reached, if it has one; one that is recorded is not made again."""
+        step, every = self.progress.step, self.config["training.eval_steps"]
+        if not every or step % every or not 0 < step < self.steps:
+            return
+        try:
             self.evaluate(step)
-            self._keep_best()
-            self.heartbeat.beat("train", step, self.steps)
+        except Exception as error:
+            self._save_without_memory(error, "evaluate")
+            raise
+        self._keep_best()
+        self.heartbeat.beat("train", step, self.steps)
 
     def _train_one(self) -> str:
         """One update. The signal's name when a stop was asked for: the update is then left to the resume."""

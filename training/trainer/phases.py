@@ -303,7 +303,7 @@ def _evaluate_between(session: Session, loaded: LoadedModel, step: int) -> None:
     """An evaluation between two updates. A stop in it leaves a checkpoint, as in an update. Together."""
     training: Any = session.training
     try:
-        _evaluate(session, loaded, step, "train")
+        _evaluate(session, loaded, step, "evaluate")
     except (StoppedByUser, Interrupted) as error:
         training.save()
         raise stop_error("SIGINT" if isinstance(error, StoppedByUser) else "SIGTERM", step) from None
