@@ -112,7 +112,7 @@ def act_at(number: int) -> None:
     if ACT == "always_oom" and number == 4:
         confess("out_of_memory", "OutOfMemoryError: CUDA out of memory.", number - 1)
         sys.exit(71)
-    if ACT == "hang" and number == 4 and not (RUN / "hung").exists():
+    if ACT == "hang" and number == int(os.environ.get("FAKE_HANG_AT", "4")) and not (RUN / "hung").exists():
         (RUN / "hung").write_text("once")
         time.sleep(600)
     if ACT == "killed_once" and number == 4 and not (RUN / "killed").exists():
