@@ -95,7 +95,8 @@ class Job:
                 os.kill(pid, number)
 
     def text(self):
-        return self.log.read_text(errors="replace")
+        """What was printed; nothing before a rank opened the log."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
 class Process:

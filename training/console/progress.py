@@ -18,8 +18,8 @@ WORDS = {"profile": "measuring", "list": "listing files", "read": "reading",
          "windows": "making windows", "write": "writing", "import": "loading libraries",
          "load": "loading the model",
          "compile_ops": "compiling DeepSpeed's op", "evaluate_before": "evaluating the untrained weights",
-         "evaluate_after": "evaluating after", "evaluate": "evaluating", "train": "training",
-         "save": "saving",
+         "evaluate_after": "evaluating the trained weights", "evaluate": "evaluating",
+         "evaluate_average": "evaluating their average", "train": "training", "save": "saving",
          "export": "writing the model", "download": "downloading", "preflight": "checking",
          "start": "starting", "restart": "starting again"}
 

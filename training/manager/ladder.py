@@ -17,7 +17,7 @@ LEAST_LOSS_CHUNK, LEAST_CHUNK = 64, 256
 STREAM_CHUNK = 4096
 # Where layer inputs go next, the nearest first.
 AWAY = {"cuda": {"device": "pinned", "pinned": "disk", "pageable": "disk"}, "cpu": {"device": "disk"}}
-EVALUATION = ("evaluate_before", "evaluate_after", "evaluate")
+EVALUATION = ("evaluate_before", "evaluate_after", "evaluate_average", "evaluate")
 DEVICE, HOST = "device", "host"
 
 Values = Mapping[str, Any]

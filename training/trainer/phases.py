@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 # A copy this large is made in well under a second; an adapter of rank 64 on a 7 B model is 0.6 GB.
 KEPT_BYTES = 1 << 30
 # The four arms need the curve's two ends before training; all of it costs about as much as an evaluation.
-CURVES = {"evaluate_before": "ends", "evaluate_after": "whole"}
+CURVES = {"evaluate_before": "ends", "evaluate_after": "whole", "evaluate_average": "whole"}
 
 
 def with_folder(session: Session, work: Callable[[Session], None]) -> None:
@@ -318,7 +318,7 @@ def _evaluate_end(session: Session, loaded: LoadedModel) -> dict[str, Any] | Non
     if not training.engine.share(average is not None and average.updates > 0):
         return last
     with _weights(average.weights, loaded) if average else nullcontext():
-        averaged = _evaluate(session, loaded, training.progress.step, "evaluate_after", AVERAGED)
+        averaged = _evaluate(session, loaded, training.progress.step, "evaluate_average", AVERAGED)
     if last is None or averaged is None or average is None:
         return None
     better = _held_out_loss(averaged) < _held_out_loss(last)
