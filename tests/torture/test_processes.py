@@ -219,7 +219,7 @@ def test_a_stopped_trainer_or_machine_is_no_hang(tmp_path, matrix):
 def test_a_hang_is_found_its_stacks_kept_and_the_run_goes_on(tmp_path, matrix):
     tries, limit_s, passed = matrix.count(2, 20), matrix.count(2.0, 60.0), 0
     commands = Commands(tmp_path, tries, "hang", before=matrix.count(IMPATIENT, ""), FAKE_STEPS=12,
-                        FAKE_HANG_AT=matrix.count(4, LEARNED_STEPS + 4))
+                        FAKE_HANG_AT=matrix.count(4, LEARNED_STEPS + 4), FAKE_STEP_S=0.3)
     for run, command in zip(commands.runs, commands.all, strict=True):
         code = command.wait(limit_s + 120)
         began = (run.path / "hung").stat().st_mtime
