@@ -42,7 +42,6 @@ from training.manager.manager import TrainingManager  # noqa: E402
 from training.records import Result  # noqa: E402
 from training.rundir import RunDirectory, read_record  # noqa: E402
 from training.settings import Config, read_yaml  # noqa: E402
-from training.texts import visible  # noqa: E402
 from training.trainer.batches import Layout, read_update  # noqa: E402
 from training.trainer.journal import read_lines  # noqa: E402
 
@@ -359,7 +358,7 @@ def is_told(arguments, code, out, err):
         return False
     named = sum(word.count("\n") for word in arguments)
     problems = json.loads(out)["problems"] if out else []
-    return not out or (err == "".join(f"{visible(each)}\n" for each in problems)
+    return not out or (err == "".join(f"{each}\n" for each in problems)
                        and len(problems) <= err.count("\n") <= len(problems) + named)
 
 

@@ -96,11 +96,11 @@ def _refused(error: Any, argv: Sequence[str]) -> str:
 
 def _tell(error: EliteError, session: Session) -> int:
     problems = error.problems if isinstance(error, Problems) else (error,)
+    told = [visible(each) for each in problems]
     if session.json:
-        data = {"error": str(error), "exit_code": error.exit_code,
-                "problems": [str(each) for each in problems]}
+        data = {"error": visible(error), "exit_code": error.exit_code, "problems": told}
         _write(sys.stdout, json.dumps(data, ensure_ascii=False) + "\n")
-    _write(sys.stderr, "".join(f"{visible(each)}\n" for each in problems))
+    _write(sys.stderr, "".join(f"{each}\n" for each in told))
     return error.exit_code
 
 
