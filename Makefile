@@ -33,5 +33,5 @@ real: setup  ## the whole command and DeepSpeed's launcher, on real input
 docs: setup  ## regenerate the generated pages of docs/
 	$(VENV) -m training.documentation
 
-torture: setup  ## every row of docs/reliability.md at its full count (hours); its figures go to benchmarks/results
+torture: setup  ## every row of docs/reliability.md at its full count (an hour); figures go to benchmarks/results
 	ELITE_TORTURE=long $(VENV) -m pytest tests/torture -p no:xdist --durations=10
