@@ -52,17 +52,17 @@ def main() -> None:
     parser.add_argument("parameters", nargs="*", type=int, default=SIZES)
     arguments = parser.parse_args()
     sizes = []
-    with tempfile.TemporaryDirectory(prefix="elite-stall-", dir=arguments.folder) as name:
-        for parameters in arguments.parameters:
-            made, times = captured(parameters), []
+    for parameters in arguments.parameters:
+        made, times = captured(parameters), []
+        with tempfile.TemporaryDirectory(prefix="elite-stall-", dir=arguments.folder) as name:
             for step in range(1, arguments.tries + 1):
                 begin = time.perf_counter()
                 checkpoints.save(Path(name), made, {"step": step}, {})
                 times.append(time.perf_counter() - begin)
                 checkpoints.retain(Path(name), 1)
-            sizes.append({"parameters": parameters, "bytes": checkpoints.size_bytes(made),
-                          "save_s": statistics.median(times), "least_s": min(times), "most_s": max(times)})
-            print(sizes[-1], flush=True)
+        sizes.append({"parameters": parameters, "bytes": checkpoints.size_bytes(made),
+                      "save_s": statistics.median(times), "least_s": min(times), "most_s": max(times)})
+        print(sizes[-1], flush=True)
     found = {"date": str(date.today()), "cores": os.cpu_count(), "every_s": SAVE_EVERY_S,
              "tries": arguments.tries, "sizes": sizes}
     path = ROOT / "benchmarks" / "results" / f"checkpoint-stall-{found['date']}.json"

@@ -19,8 +19,8 @@ FIELDS = {"row", "fault", "expected", "acceptance", "test", "answer", "peers"}
 PAGE = """# Reliability
 
 Generated from `configs/reliability/` and `benchmarks/results/reliability-*.json` by `make docs`. `make
-torture` counts every row in full, about an hour on 2 cores; `make test` runs a short form of those that have a
-test. "Counted" is what the newest full count found: tries that ended as expected, of those made; rows
+torture` counts every row in full, about an hour on 2 cores; `make test` runs a short form of those that
+have a test. "Counted" is what the newest full count found: tries that ended as expected, of those made; rows
 without a figure say why. {counted}
 
 How it is done:
