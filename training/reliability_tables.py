@@ -171,7 +171,7 @@ def _table(section: list[dict[str, Any]], counts: dict[str, Any]) -> str:
 
 def _counted(row: dict[str, Any], counts: dict[str, Any]) -> str:
     if found := list(counts.get(str(row["row"]), {}).values()):
-        notes = "".join(f"; {each['note']}" for each in found if each["note"])
+        notes = "".join(f"; {each['note'].strip('; ')}" for each in found if each["note"])
         return f"{sum(each['passed'] for each in found):,} of {sum(each['of'] for each in found):,}{notes}"
     if not row["test"]:
         return "not counted"

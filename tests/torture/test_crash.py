@@ -99,7 +99,7 @@ def test_a_save_killed_at_each_system_call_leaves_the_old_or_the_new_checkpoint(
             one_save.folder / "log", "save", path, [call], f"signal=KILL:when={n}")[0])
         points, problems = points + made, problems + [f"{call} {each}" for each in found]
     assert points > 20
-    matrix.record(3, points - len(problems), points, f"by strace; {'; '.join(problems)}")
+    matrix.record(3, points - len(problems), points, "; ".join(["by strace", *problems]))
 
 
 @pytest.mark.real
