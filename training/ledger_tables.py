@@ -46,6 +46,12 @@ faster arm ended. Memory is the peak of a process, its libraries included.
 A change is the mean over the pairs with Student's interval of 95 %. It counts when the interval holds no 0
 and it is at least {thresholds}. All that counts better is "helped", all worse "hurt", some of both "mixed".
 
+Verdicts near a threshold move from run to run. A second full run on the same kind of cores on 2026-11-22 (26
+minutes; fewer steps at 4,096 tokens; `benchmarks/results/repeated-ledger-2026-11-22.json`, which `--auto`
+does not read) gave the same verdict for 28 of 35. Muon and accumulation went from helped to mixed, SWA, EMA
+and grouped-query attention from helped to no difference, dynamic batch size from mixed to hurt, selective
+checkpointing from hurt to no difference. No figure that counted better in one counted worse in the other.
+
 {hardware}
 
 {streamed}"""
