@@ -178,23 +178,26 @@ def alone(config, run_path, python, *, script, arguments, port, devices):
 
 @pytest.mark.real
 def test_a_port_that_was_taken_meanwhile_is_another_one_at_the_next_start(tmp_path, matrix, monkeypatch):
-    """In the short form `env` stands in for DeepSpeed's launcher, which takes seconds to start."""
-    run = make_run(tmp_path / "run", {"deepspeed.stage": 2, "device.count": 2})
-    script = run.path / "trainer.py"
-    for command in matrix.count((alone,), ()):
-        monkeypatch.setattr(launcher, "command", command)
-    script.write_text(PORT.format(fake=str(FAKE)))
+    """`env` stands in for DeepSpeed's launcher, which takes seconds to start; the long form begins with one
+    start of the real one."""
+    free, passed, tries = launcher.free_port, 0, matrix.count(1, 50)
     with ThreadPoolExecutor(8) as pool:
-        ports = [launcher.free_port() for _ in range(matrix.count(50, 500))]
-        drawn = list(pool.map(lambda _: launcher.free_port(), ports))
+        ports = [free() for _ in range(matrix.count(50, 500))]
+        drawn = list(pool.map(lambda _: free(), ports))
     assert all(1024 <= port < 65536 for port in (*ports, *drawn))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        given = iter([taken.getsockname()[1]])
-        free = launcher.free_port
-        monkeypatch.setattr(launcher, "free_port", lambda: next(given, None) or free())
-        result = TrainingManager(run.path, script=script, pauses_s=(0.0,)).train()
-    kinds = [row["kind"] for row in read_rows(run.recovery)]
-    matrix.record(42, int((result.state, kinds) == ("done", ["killed"])), 1, "taken at the first start")
+    for turn in range(tries):
+        run = make_run(tmp_path / str(turn) / "run", {"deepspeed.stage": 2, "device.count": 2})
+        script = run.path / "trainer.py"
+        script.write_text(PORT.format(fake=str(FAKE)))
+        if turn == matrix.count(0, 1):
+            monkeypatch.setattr(launcher, "command", alone)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            given = iter([taken.getsockname()[1]])
+            monkeypatch.setattr(launcher, "free_port", lambda given=given: next(given, None) or free())
+            result = TrainingManager(run.path, script=script, pauses_s=(0.0,)).train()
+        kinds = [row["kind"] for row in read_rows(run.recovery)]
+        passed += (result.state, kinds) == ("done", ["killed"])
+    matrix.record(42, passed, tries, "taken at the first start")
 
 
 def test_an_alarm_at_the_very_end_of_slow_work_leaves_no_timer_behind(tmp_path, monkeypatch):
