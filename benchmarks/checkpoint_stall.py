@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("parameters", nargs="*", type=int, default=SIZES)
     arguments = parser.parse_args()
+    if arguments.folder and not arguments.folder.is_dir():
+        parser.error(f"there is no folder {arguments.folder}")
     sizes = []
     for parameters in arguments.parameters:
         made, times = captured(parameters), []
