@@ -55,9 +55,9 @@ def _scan_models_once() -> None:
 def unwrapped() -> Iterator[None]:
     """Run what saves a model that nothing wraps, without a look for DeepSpeed's wrapper around it.
 
-    Transformers looks for it in each `save_pretrained`, and that imports DeepSpeed: a small model takes 0.51 s
-    to save, without it 0.09 s (medians of 3, 2 cores, files in memory). Nothing is changed where DeepSpeed is
-    in use, or Transformers looks different from 5.23.
+    Transformers looks for it in each `save_pretrained`, and that imports DeepSpeed: a small model takes 0.51
+    s to save, without it 0.09 s (medians of 3, 2 cores, files in memory). Nothing is changed where DeepSpeed
+    is in use, or Transformers looks different from 5.23.
     """
     models: Any = importlib.import_module("transformers.modeling_utils")
     look = getattr(models, "unwrap_model", None)
